@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_COLUMNS', 'SPLITS', 'PACKAGES', 'expect_error', 'atomic_path', 'write_json', 'read_json', 'write_metrics',
-           'read_metrics', 'read_predictions', 'write_predictions', 'resolve_run_dir', 'update_json', 'versions',
-           'MissingUpstream', 'Step', 'progress']
+           'read_metrics', 'read_predictions', 'write_predictions', 'resolve_run_dir', 'update_json', 'read_status',
+           'outdated', 'versions', 'MissingUpstream', 'Step', 'progress']
 
 # %% ../nbs/lab/runs.ipynb #85bccc55
 import errno, json, math, os, platform, re, shutil, sys, uuid
@@ -177,6 +177,23 @@ def update_json(
         write_json(path, content)
     return content
 
+# %% ../nbs/lab/runs.ipynb #f60b83c3
+def read_status(
+    run: Path,      # the run's folder
+    notebook: str,  # e.g. '03_train'
+) -> dict | None:
+    "How a notebook of the run was completed, or None if it was not."
+    path = run/notebook/'status.json'
+    return read_json(path) if path.is_file() else None
+
+def outdated(
+    run: Path,      # the run's folder
+    notebook: str,  # e.g. '03_train'
+) -> list[str]:     # earlier notebooks that were run again since, or are no longer complete
+    "What makes the results of a completed notebook stale; empty if nothing does, or if it is not complete."
+    upstream = (read_status(run, notebook) or {}).get('upstream', {})
+    return [name for name, ran in upstream.items() if (read_status(run, name) or {}).get('id') != ran]
+
 # %% ../nbs/lab/runs.ipynb #329ee742
 PACKAGES = ('torch', 'torchvision', 'pytorch-lightning', 'scikit-learn', 'numpy')
 
@@ -197,7 +214,7 @@ def _missing(what, notebook, run_dir):
     return MissingUpstream(f"{what} of {notebook} {'are' if what == 'parameters' else 'is'} missing from run '{run_dir}': "
                            f'run notebook {notebook} first, e.g. `cxr-lab run {notebook} --run-dir {run_dir}`')
 
-# %% ../nbs/lab/runs.ipynb #0cb597eb
+# %% ../nbs/lab/runs.ipynb #c5f95330
 class Step:
     "One notebook's place in a run: its folder, what it reads from earlier notebooks, what it leaves."
     _RESERVED = ('parameters', 'versions', 'created', 'updated')
@@ -217,6 +234,7 @@ class Step:
             content.setdefault('parameters', {})[notebook] = dict(params)
             content['versions'] = versions()
             content.setdefault('created', _now())
+        (self.dir/'status.json').unlink(missing_ok=True)  # from now on this folder is not what a completed execution left
         self._update(change)
 
     def __repr__(self): return f'Step({self.run_dir!r}, {self.name!r})'
