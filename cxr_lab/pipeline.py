@@ -57,7 +57,7 @@ def select(
     wanted = {_one(name, known) for name in ([names] if isinstance(names, str) else names or [])}
     return [path for stem, path in known.items() if stem in wanted or not wanted]
 
-# %% ../nbs/lab/pipeline.ipynb #5c43ee39
+# %% ../nbs/lab/pipeline.ipynb #31a21b81
 @dataclass(frozen=True)
 class Knob:
     "One parameter of a notebook."
@@ -83,7 +83,7 @@ def notebook_parameters(
         try: name, default = target.id, ast.literal_eval(line.value)
         except (AttributeError, ValueError, TypeError):
             raise ValueError(f'{path.name}: the parameter cell holds `name: type = literal  # meaning` only, found `{ast.unparse(line)}`') from None
-        kind = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else type(default).__name__
+        kind = ast.unparse(line.annotation).strip('\'"') if isinstance(line, ast.AnnAssign) else type(default).__name__
         knobs[name] = Knob(name, kind, default, comments.get(name, ''))
     return knobs
 
@@ -148,7 +148,7 @@ def _unknown(key, knobs):
              for stem, ks in knobs.items()]
     return '\n'.join([f'unknown parameter {key!r}' + (f' (did you mean {close[0]!r}?)' if close else '') + '; known:', *lines])
 
-# %% ../nbs/lab/pipeline.ipynb #a19feb20
+# %% ../nbs/lab/pipeline.ipynb #5d57a0e0
 DATASETS = ('phantom', 'kermany', 'pneumoniamnist')
 QUICK = dict(phantoms=240, epochs=3, seeds=1, n_boot=200)  # where a notebook has the knob and the user did not set it
 
@@ -156,7 +156,7 @@ def check_data(
     data: str,  # name of a data set, or a folder
 ):
     "`UsageError` if `data` is neither a known data set nor an existing folder."
-    if data not in DATASETS and not Path(data).expanduser().is_dir():
+    if data not in DATASETS and not (data and Path(data).expanduser().is_dir()):
         raise UsageError(f'no data set and no folder {data!r}; data is one of {", ".join(DATASETS)}, or a folder with {{train,val,test}}/{{CLASS}}/')
 
 def _plan(notebooks, data=None, params=None, quick=False, before=None):
@@ -173,7 +173,7 @@ def _plan(notebooks, data=None, params=None, quick=False, before=None):
         if 'data' in plan[stem]: check_data(plan[stem]['data'])
     return plan
 
-# %% ../nbs/lab/pipeline.ipynb #82437fa7
+# %% ../nbs/lab/pipeline.ipynb #976d54ca
 def _kernel_manager():
     "A kernel manager class that starts this interpreter, with this cxr_lab, and no progress bars."
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
@@ -181,7 +181,7 @@ def _kernel_manager():
     from jupyter_client.manager import AsyncKernelManager
     env, source = {'CXR_LAB_PROGRESS': '0'}, Path(cxr_lab.__file__).resolve().parent.parent
     if _is_checkout(source): env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(source), os.environ.get('PYTHONPATH')]))
-    spec = KernelSpec(resource_dir=str(RESOURCES), **get_kernel_dict(extra_arguments=['--log-level=ERROR']) | {'env': env})
+    spec = KernelSpec(resource_dir=str(RESOURCES), **get_kernel_dict(extra_arguments=['--log-level=CRITICAL']) | {'env': env})
     class ThisPython(AsyncKernelManager): kernel_spec = spec
     return ThisPython
 

@@ -1,0 +1,212 @@
+"Running notebooks into a run folder: checks before the start, failures that say where, resuming."
+import json, os, pickle
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from cxr_lab import pipeline
+from cxr_lab.pipeline import NotebookFailed, RunInUse, UsageError, check_parameters, lessons, notebook_parameters, notebooks_dir, run_pipeline, select
+from cxr_lab.runs import read_json, write_json
+
+RUN_DIR = "run_dir: str = 'runs/default'  # run folder"
+
+
+def write_notebook(name, *cells):
+    "The first cell is the parameter cell."
+    code = [nbformat.v4.new_code_cell(c, metadata={'tags': ['parameters']} if i == 0 else {}) for i, c in enumerate(cells)]
+    Path('nbs').mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# Title'), *code]), f'nbs/{name}.ipynb')
+
+LOG = "from pathlib import Path\nlog = Path('log.txt')\n"  # which notebooks ran, and with what
+
+@pytest.fixture
+def nbs(tmp_path, monkeypatch):
+    "Two notebooks that note in log.txt that they ran."
+    monkeypatch.chdir(tmp_path)
+    write_notebook('00_data', f"{RUN_DIR}\ndata: str = 'phantom'  # what\nseed: int = 0", LOG + "log.open('a').write(f'data {seed}\\n')")
+    write_notebook('01_train', f'{RUN_DIR}\nlr: float = 1e-3  # step\nepochs: int = 8\naugment: bool = False\nseed: int = 0',
+                   LOG + "log.open('a').write(f'train {lr} {epochs} {seed}\\n')")
+    return tmp_path/'nbs'
+
+def ran():
+    "What ran since the last call."
+    path = Path('log.txt')
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+def run(**kwargs): return run_pipeline(**{'nbs': 'nbs', 'run_dir': 'runs/r'} | kwargs)
+
+def files(): return sorted(p.relative_to('runs/r').as_posix() for p in Path('runs/r').rglob('*') if p.is_file() and not p.name.startswith('.'))
+
+
+# Before anything starts
+
+def test_notebooks_by_any_name(nbs):
+    for name in ['01_train', '01', '1', 'train', 'nbs/01_train.ipynb']: assert [p.stem for p in select([name], nbs)] == ['01_train']
+    assert [p.stem for p in select(['train', '00', '01'], nbs)] == ['00_data', '01_train'] == [p.stem for p in select(None, nbs)] == [p.stem for p in select([], nbs)]
+    for name in ['tain', '02', '', '0']:
+        if name != '0':
+            with pytest.raises(UsageError, match='unknown notebook.*known: 00_data, 01_train'): select([name], nbs)
+    with pytest.raises(UsageError, match='no notebooks'): lessons(nbs/'none')
+
+def test_the_package_finds_its_lessons():
+    assert notebooks_dir().name in ('nbs', 'notebooks')
+
+def test_knobs(nbs):
+    write_notebook('02_odd', "a: int = -1  # a = b, with an equals sign\nb = [1,\n     2]\nc: 'float' = .5\nd: str | None = None  # maybe\n# a comment\ne: str = 'x=#'")
+    knobs = notebook_parameters('nbs/02_odd.ipynb')
+    assert {k.name: (k.type, k.default) for k in knobs.values()} == {
+        'a': ('int', -1), 'b': ('list', [1, 2]), 'c': ('float', .5), 'd': ('str | None', None), 'e': ('str', 'x=#')}
+    assert notebook_parameters(nbs/'01_train.ipynb')['lr'].help == 'step'
+    write_notebook('03_bad', 'a: int = 1 + n')
+    with pytest.raises(ValueError, match='03_bad.ipynb: the parameter cell holds'): notebook_parameters('nbs/03_bad.ipynb')
+
+@pytest.mark.parametrize('name,value,expected', [
+    ('lr', '1e-3', 1e-3), ('lr', '3', 3.), ('lr', 3, 3.), ('lr', np.float32(.5), .5), ('epochs', '12', 12), ('epochs', np.int64(2), 2), ('epochs', ' 7 ', 7),
+    ('augment', 'true', True), ('augment', 'False', False), ('augment', np.bool_(True), True), ('data', 'kermany', 'kermany'), ('data', Path('nbs'), 'nbs')])
+def test_values_are_typed(nbs, name, value, expected):
+    found = [o[name] for o in check_parameters(lessons(nbs), {name: value}).values() if name in o]
+    assert found == [expected] and type(found[0]) is type(expected)
+
+@pytest.mark.parametrize('name,value', [('lr', 'fast'), ('lr', 'nan'), ('lr', float('inf')), ('lr', True), ('lr', ''), ('epochs', '2.0'), ('epochs', 2.0), ('epochs', True), ('epochs', None),
+                                        ('augment', '1'), ('augment', 1), ('augment', 'yes'), ('data', 5), ('epochs', [1])])
+def test_wrong_types_are_refused(nbs, name, value):
+    with pytest.raises(UsageError, match=f'{name}: 0._.* expects (int|float|bool|str), found'): run(params={name: value})
+    assert not Path('runs').exists() and not ran()
+
+def test_unknown_names_list_the_known_ones_and_nothing_starts(nbs):
+    for key in ['epoch', '01_train.data', '00.epochs', 'nbs']:
+        with pytest.raises(UsageError, match='unknown parameter') as e: run(params={'seed': 1, key: 3})
+        assert 'lr: float = 0.001, epochs: int = 8, augment: bool = False, seed: int = 0' in str(e.value) and 'run_dir' not in str(e.value)
+    with pytest.raises(UsageError, match="did you mean 'epochs'"): run(params={'epoch': 3})
+    with pytest.raises(UsageError, match='unknown notebook'): run(params={'07.epochs': 3})
+    with pytest.raises(UsageError, match='--run-dir'): run(params={'run_dir': 'x'})
+    with pytest.raises(UsageError, match='unknown parameter'): run(notebooks=['01'], params={'data': 'kermany'})
+    assert not Path('runs').exists() and not ran()
+
+def test_addressed_beats_plain_in_any_order(nbs):
+    for params in [{'seed': 1, 'train.seed': 2}, {'train.seed': 2, 'seed': 1}]:
+        assert check_parameters(lessons(nbs), params) == {'00_data': {'seed': 1}, '01_train': {'seed': 2}}
+
+def test_quick_never_beats_the_user(nbs, monkeypatch):
+    monkeypatch.setattr(pipeline, 'QUICK', {'epochs': 3, 'seed': 9, 'elsewhere': 1})
+    assert pipeline._plan(lessons(nbs), params={'seed': '1'}, quick=True) == {'00_data': {'seed': 1}, '01_train': {'seed': 1, 'epochs': 3}}
+    assert pipeline._plan(lessons(nbs)) == {'00_data': {}, '01_train': {}}
+
+def test_data_is_checked(nbs):
+    for data in ['phantom', 'kermany', 'pneumoniamnist', 'nbs', nbs]: assert pipeline._plan(lessons(nbs), data=data)['00_data']['data'] == str(data)
+    for bad in [dict(data='kermani'), dict(params={'data': 'no/such'}), dict(data='')]:
+        with pytest.raises(UsageError, match='no data set and no folder'): run(**bad)
+    with pytest.raises(UsageError, match='given twice'): run(data='phantom', params={'data': 'kermany'})
+    assert not Path('runs').exists()
+
+def test_only_folders_of_a_run_are_emptied(nbs):
+    Path('runs/r/00_data').mkdir(parents=True); Path('runs/r/00_data/thesis.txt').touch()
+    with pytest.raises(UsageError, match='not made by a run'): run()
+    assert Path('runs/r/00_data/thesis.txt').exists() and not ran()
+    Path('file').touch()
+    with pytest.raises(UsageError, match='is a file'): run(run_dir='file')
+
+def test_a_second_pipeline_is_refused(nbs):
+    Path('runs/r').mkdir(parents=True)
+    with FileLock('runs/r/.pipeline.lock'), pytest.raises(RunInUse, match="at work in 'runs/r'"): run()
+    assert not ran() and files() == []
+
+
+# Running
+
+def test_success_unicode_environment_and_layout(nbs, monkeypatch, capfd):
+    broken = Path('jupyter/kernels/python3')  # another environment's kernel under the usual name
+    broken.mkdir(parents=True)
+    (broken/'kernel.json').write_text(json.dumps({'argv': ['false'], 'display_name': 'x', 'language': 'python'}))
+    monkeypatch.setenv('JUPYTER_PATH', str(Path('jupyter').resolve()))
+    write_notebook('00_data', f"{RUN_DIR}\nname: str = 'x'", "import json, os, sys, cxr_lab\nfrom pathlib import Path\nfrom tqdm import tqdm\nfrom cxr_lab.runs import progress\n"
+                   "for i in progress(range(3), 'x'): pass\n"
+                   "size = Path('seen.json').write_text(json.dumps(dict(name=name, run_dir=run_dir, exe=sys.executable, cwd=os.getcwd(), progress=os.environ['CXR_LAB_PROGRESS'], lab=cxr_lab.__file__)))")
+    import cxr_lab, sys
+    name = 'a=b, "ü" {x} \\ \'肺\n'
+    assert run(notebooks='data', run_dir='runs/ü {r}', params={'name': name}) == Path('runs/ü {r}')
+    seen = json.loads(Path('seen.json').read_text())
+    assert seen == dict(name=name, run_dir='runs/ü {r}', exe=sys.executable, cwd=os.getcwd(), progress='0', lab=cxr_lab.__file__)
+    step = Path('runs/ü {r}/00_data')
+    assert sorted(p.name for p in step.iterdir()) == ['00_data.ipynb', 'status.json']
+    status = read_json(step/'status.json')
+    assert status['parameters'] == {'name': name} and status['upstream'] == {} and status['seconds'] > 0
+    cells = nbformat.read(step/'00_data.ipynb', 4).cells
+    assert [c.execution_count for c in cells if c.cell_type == 'code'] == [1, 2, 3] and not cells[-1].outputs
+    assert read_json('runs/ü {r}/results.json')['rows'] == []
+    out = capfd.readouterr()
+    assert out.out == '' and '00_data (1/1): done in' in out.err and 'WARNING' not in out.err and 'apermill' not in out.err
+
+def test_resume(nbs, capfd):
+    "One story, because every kernel costs seconds: skip, then each reason to run again."
+    run(params={'epochs': 2}); assert ran() == ['data 0', 'train 0.001 2 0']
+    run(resume=True); assert ran() == []
+    assert '00_data (1/2): complete' in capfd.readouterr().err
+    run(resume=True, params={'lr': '0.1'}); assert ran() == ['train 0.1 2 0']  # epochs are remembered
+    assert 'other lr' in capfd.readouterr().err
+    nb = nbformat.read('nbs/01_train.ipynb', 4)
+    nb.cells[0].source = '# Another title'
+    nbformat.write(nb, 'nbs/01_train.ipynb')
+    run(resume=True); assert ran() == []  # prose does not matter
+    nb.cells[-1].source += '\n1 + 1'
+    nbformat.write(nb, 'nbs/01_train.ipynb')
+    run(resume=True); assert ran() == ['train 0.1 2 0']
+    assert 'its code changed' in capfd.readouterr().err
+    run(notebooks=['00']); assert ran() == ['data 0']
+    run(resume=True); assert ran() == ['train 0.1 2 0']
+    assert '00_data ran again' in capfd.readouterr().err
+    Path('runs/r/01_train/old.txt').touch()
+    run(notebooks=['01']); assert ran() == ['train 0.001 8 0'] and not Path('runs/r/01_train/old.txt').exists()  # no resume: from scratch
+    assert files() == ['00_data/00_data.ipynb', '00_data/status.json', '01_train/01_train.ipynb', '01_train/status.json', 'pipeline.json', 'results.json']
+
+def test_another_version_runs_again(nbs, monkeypatch):
+    path = nbs/'01_train.ipynb'
+    key = pipeline._key(path, {})
+    write_json('runs/r/01_train/status.json', {'id': 'x', 'upstream': {}, **key})
+    assert pipeline._why_run(Path('runs/r'), '01_train', key) == ''
+    monkeypatch.setattr(pipeline, '__version__', '99')
+    assert pipeline._why_run(Path('runs/r'), '01_train', pipeline._key(path, {}))
+
+def test_failure_says_where_and_resume_continues_there(nbs):
+    write_notebook('02_fails', f"{RUN_DIR}\nepochs: int = 8", "from pathlib import Path\nstep = Path(run_dir)/'02_fails'", '# why\n\nraise_on = 8',
+                   "(step/'checkpoint').open('a').write('x')\nif not Path('mended').exists(): raise ValueError('no ümlaut')", LOG + "log.open('a').write('end\\n')")
+    write_notebook('03_never', RUN_DIR, LOG + "log.open('a').write('never\\n')")
+    with pytest.raises(NotebookFailed) as e: run(notebooks=['02', '03'])
+    f = pickle.loads(pickle.dumps(e.value))
+    assert (f.notebook, f.cell, f.line, f.error) == ('02_fails', 5, "(step/'checkpoint').open('a').write('x')", 'ValueError: no ümlaut')
+    assert f.partial == 'runs/r/02_fails/02_fails.partial.ipynb' and Path(f.partial).exists()
+    assert 'failed in cell [5]' in str(f) and f.partial in str(f) and ran() == []
+    assert files() == ['02_fails/02_fails.partial.ipynb', '02_fails/checkpoint', '02_fails/started.json', 'pipeline.json']
+    Path('mended').touch()
+    run(notebooks=['02'], resume=True)
+    assert ran() == ['end'] and Path('runs/r/02_fails/checkpoint').read_text() == 'xx'  # the folder was kept
+    assert files() == ['02_fails/02_fails.ipynb', '02_fails/checkpoint', '02_fails/status.json', 'pipeline.json', 'results.json']
+
+def test_an_incomplete_step_with_other_parameters_starts_from_scratch(nbs):
+    key = pipeline._key(nbs/'01_train.ipynb', {'lr': .5})
+    write_json('runs/r/01_train/started.json', key | {'upstream': {}})
+    Path('runs/r/01_train/checkpoint').touch()
+    run(notebooks=['01'], resume=True, params={'lr': .5})
+    assert Path('runs/r/01_train/checkpoint').exists() and ran() == ['train 0.5 8 0']
+    write_json('runs/r/01_train/started.json', key | {'upstream': {}}); Path('runs/r/01_train/status.json').unlink()
+    run(notebooks=['01'], resume=True, params={'lr': .25})
+    assert not Path('runs/r/01_train/checkpoint').exists() and ran() == ['train 0.25 8 0']
+
+def test_a_dead_kernel_is_a_failure(nbs):
+    write_notebook('02_dies', RUN_DIR, 'import os', 'os._exit(1)', 'print(1)')
+    with pytest.raises(NotebookFailed, match=r'02_dies failed in cell \[4\] `os._exit\(1\)`\n  DeadKernelError'): run(notebooks=['02'])
+
+def test_leaving_early_is_a_failure(nbs):
+    write_notebook('02_leaves', RUN_DIR, 'import sys\nsys.exit()', 'print(1)')
+    with pytest.raises(NotebookFailed, match='before its end'): run(notebooks=['02'])
+
+def test_linked_step_folder_is_unlinked_not_emptied(nbs):
+    Path('shared').mkdir(); Path('shared/result').touch(); Path('shared/status.json').touch()
+    Path('runs/r').mkdir(parents=True); Path('runs/r/00_data').symlink_to(Path('shared').resolve())
+    run(notebooks=['00'])
+    assert Path('shared/result').exists() and not Path('runs/r/00_data').is_symlink() and ran() == ['data 0']
