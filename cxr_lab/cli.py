@@ -16,7 +16,7 @@ import typer
 
 from . import __version__
 
-# %% ../nbs/lab/cli.ipynb #b69b48c9
+# %% ../nbs/lab/cli.ipynb #2ecf29d1
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Chest X-ray classification, from image folders to a study that can be rerun.')
 
@@ -38,9 +38,11 @@ def _version(asked: bool):
         raise typer.Exit
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Show the version and exit.')] = False): pass
+def _options(
+    version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Show the version and exit.')] = False,
+): pass
 
-# %% ../nbs/lab/cli.ipynb #38159ece
+# %% ../nbs/lab/cli.ipynb #d5094eaf
 def _pairs(texts):
     "`name=value` texts as a dict."
     from cxr_lab.pipeline import UsageError
@@ -56,10 +58,11 @@ def run(
     notebooks: Annotated[list[str] | None, typer.Argument(help='Which notebooks, e.g. 03_train, 03 or train; all by default.')] = None,
     data: Annotated[str | None, typer.Option(help='phantom, kermany, pneumoniamnist, or a folder {train,val,test}/{CLASS}/.')] = None,
     run_dir: Annotated[str, typer.Option(help='The folder of this run.')] = 'runs/default',
-    param: Annotated[list[str] | None, typer.Option('-p', '--param', metavar='NAME=VALUE', help='Set a parameter, e.g. -p lr=3e-4 or -p 03_train.epochs=3.')] = None,
+    param: Annotated[list[str] | None, typer.Option('-p', '--param', metavar='NAME=VALUE',
+                                                    help='Set a parameter, e.g. -p lr=3e-4 or -p 03_train.epochs=3.')] = None,
     quick: Annotated[bool, typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
     resume: Annotated[bool, typer.Option('--resume', help='Skip what is complete, continue what is not.')] = False,
-    nbs: Annotated[str | None, typer.Option(help="Another folder of notebooks, e.g. your own copy; the package's lessons by default.")] = None,
+    nbs: Annotated[str | None, typer.Option(help="A folder of notebooks, e.g. your own copy; the package's lessons by default.")] = None,
 ):
     "Run the notebooks in order, headless, into a run folder."
     with _exit_codes():

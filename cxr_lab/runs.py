@@ -35,7 +35,7 @@ def expect_error(
     except Exception as e: raise AssertionError(f'expected {exception.__name__}, got {type(e).__name__}: {e}') from e
     else: raise AssertionError(f'expected {exception.__name__}, nothing was raised')
 
-# %% ../nbs/lab/runs.ipynb #73a0dde4
+# %% ../nbs/lab/runs.ipynb #c5bdb29c
 def _full_disk(e): return isinstance(e, OSError) and e.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 
 def _discard(path):
@@ -65,8 +65,8 @@ def atomic_path(
         os.replace(temporary, path)
     except BaseException as e:  # KeyboardInterrupt too
         _discard(temporary)
-        if _full_disk(e): raise OSError(e.errno, 'the disk is full; the file was not written (an older version is untouched)', str(path)) from e
-        raise
+        if not _full_disk(e): raise
+        raise OSError(e.errno, 'the disk is full; the file was not written (an older version is untouched)', str(path)) from e
     _flush(path.parent)
 
 # %% ../nbs/lab/runs.ipynb #16df0e39
@@ -93,7 +93,7 @@ def read_json(path: str | os.PathLike):
     try: return json.loads(text)
     except ValueError as e: raise ValueError(f'{path} is not valid JSON ({e}); delete it and run its notebook again') from e
 
-# %% ../nbs/lab/runs.ipynb #17e94621
+# %% ../nbs/lab/runs.ipynb #c856a1bb
 def _check_metrics(metrics, where):
     "`metrics` with plain Python values; the error names the key that cannot be stored."
     if not isinstance(metrics, dict): raise TypeError(f'{where}: metrics are one dict, found {type(metrics).__name__}')
@@ -103,7 +103,8 @@ def _check_metrics(metrics, where):
         value = _scalar(value)
         if not (value is None or isinstance(value, (bool, int, float, str))):
             raise TypeError(f'{where}: {key!r} is a {type(value).__name__}; metrics are flat: bool, int, float, str or None')
-        if isinstance(value, float) and not math.isfinite(value): raise ValueError(f'{where}: {key!r} is {value}; write None for "undefined"')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'{where}: {key!r} is {value}; write None for "undefined"')
         checked[key] = value
     return checked
 
@@ -118,7 +119,7 @@ def read_metrics(path: str | os.PathLike) -> dict:
     "Reads what `write_metrics` wrote, with the same checks."
     return _check_metrics(read_json(path), path)
 
-# %% ../nbs/lab/runs.ipynb #4ea4df8d
+# %% ../nbs/lab/runs.ipynb #5eff0de8
 PREDICTION_COLUMNS = ('path', 'patient', 'split', 'label', 'probability')
 SPLITS = ('train', 'validation', 'test', 'official_val')
 
@@ -133,6 +134,9 @@ def _check_predictions(df, where):
     refuse(~pd.to_numeric(df.label, errors='coerce').isin([0, 1]), 'a label that is neither 0 (NORMAL) nor 1 (PNEUMONIA)')
     refuse(~pd.to_numeric(df.probability, errors='coerce').between(0, 1), 'a probability outside 0 to 1')
     refuse(df.path.duplicated(keep=False), 'a path that occurs twice')
+
+def _write_csv(path, df):
+    with atomic_path(path) as temporary: df.to_csv(temporary, index=False, float_format='%.8g', lineterminator='\n', encoding='utf-8')
 
 def read_predictions(path: str | os.PathLike) -> pd.DataFrame:
     "Reads predictions, one row per image: `label` int, `probability` float (of PNEUMONIA), the rest str; checked."
@@ -149,7 +153,7 @@ def write_predictions(
     "Checks and writes predictions; identical input gives identical bytes."
     _check_predictions(df, path)
     df = df[list(PREDICTION_COLUMNS)].astype({'path': str, 'label': int, 'probability': float}).sort_values('path', kind='stable')
-    with atomic_path(path) as temporary: df.to_csv(temporary, index=False, float_format='%.8g', lineterminator='\n', encoding='utf-8')
+    _write_csv(path, df)
     return read_predictions(path)
 
 # %% ../nbs/lab/runs.ipynb #cfed877e
@@ -214,7 +218,7 @@ def _missing(what, notebook, run_dir):
     return MissingUpstream(f"{what} of {notebook} {'are' if what == 'parameters' else 'is'} missing from run '{run_dir}': "
                            f'run notebook {notebook} first, e.g. `cxr-lab run {notebook} --run-dir {run_dir}`')
 
-# %% ../nbs/lab/runs.ipynb #c5f95330
+# %% ../nbs/lab/runs.ipynb #6ea3a89f
 class Step:
     "One notebook's place in a run: its folder, what it reads from earlier notebooks, what it leaves."
     _RESERVED = ('parameters', 'versions', 'created', 'updated')
@@ -284,11 +288,12 @@ class Step:
 
     def write_csv(self, df: pd.DataFrame, name: str):
         "Leaves a table, without its index, floats with 8 significant digits."
-        with atomic_path(self.path(name)) as temporary: df.to_csv(temporary, index=False, float_format='%.8g', lineterminator='\n', encoding='utf-8')
+        _write_csv(self.path(name), df)
 
     def save_figure(self, fig, name: str, dpi: int = 100):
         "Leaves a matplotlib figure as `<name>.png`."
-        with atomic_path(self.path(f'{name}.png')) as temporary: fig.savefig(temporary, dpi=dpi, bbox_inches='tight', metadata={'Software': None})
+        with atomic_path(self.path(f'{name}.png')) as temporary:
+            fig.savefig(temporary, dpi=dpi, bbox_inches='tight', metadata={'Software': None})
 
     def record(self, **facts):
         "Notes facts about the whole run in `run.json`, e.g. `dataset={...}`; JSON values, nested ones too."
@@ -300,7 +305,8 @@ class Step:
         content = read_json(self.run/'run.json')
         if key not in content or key in self._RESERVED:
             known = ', '.join(k for k in content if k not in self._RESERVED) or 'none yet'
-            raise MissingUpstream(f"no fact {key!r} is recorded in run '{self.run_dir}' (recorded: {known}): run the notebooks before {self.name} first")
+            raise MissingUpstream(f"no fact {key!r} is recorded in run '{self.run_dir}' (recorded: {known}): "
+                                  f"run the notebooks before {self.name} first")
         return content[key]
 
 # %% ../nbs/lab/runs.ipynb #fc58fe27
