@@ -75,7 +75,7 @@ def test_splat_keeps_the_volume_and_a_tube_shows_its_depth():
     assert rim > 1.2*middle, 'a bone is brightest at its edges'
 
 def test_pose_moves_the_pieces_and_the_solids_together():
-    view = View(size=100, fov=100, roll=25, yaw=15, centre=(4, -3), squeeze=1.1)
+    view = View(size=100, fov=80, roll=25, yaw=15, centre=(4, -3), squeeze=1.1)
     rng, n = np.random.default_rng(0), 200_000
     points = rng.normal(size=(n, 3)); points *= 15*rng.uniform(size=(n, 1))**(1/3) / np.linalg.norm(points, axis=1, keepdims=True)
     dust = splat(view, (points + [10, 20, 5]).astype(np.float32), np.full(n, 4/3*math.pi*15**3 / n, np.float32))[0]
@@ -101,7 +101,8 @@ def test_scatter_adds_a_veil_and_noise_is_poisson():
 
 def test_tissues_fit_into_the_body():
     for seed in range(4):
-        paths = trace(sample_patient(np.random.default_rng(seed)), View(size=96))
+        patient = sample_patient(np.random.default_rng(seed)); paths = trace(patient, View(size=96))
+        assert all(bone.cortex > 0 for bone in patient.bones)
         assert all(p.dtype == np.float32 and p.shape == (96, 96) and p.min() >= -1e-3 for p in paths.values())
         assert (paths['lung'] <= paths['body'] + 1e-3).all() and (paths['fat'] <= paths['body'] + 1e-3).all()
 
