@@ -1,0 +1,770 @@
+"Files, layouts and networks that go wrong: what is read, what is refused, with which message, and what is left behind."
+import errno, hashlib, http.server, io, logging, os, shutil, subprocess, sys, textwrap, threading, time, zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_lab import data
+from cxr_lab.data import (CLASSES, INDEX_COLUMNS, Dataset, Leakage, check_no_leakage, fetch, find_data, fingerprint, index_images, join_identical, leaked_share,
+                          load_dataset, open_image, patient_of, pixel_cache, read_pixels, split_validation, square, subtype_of, to_gray, unpack_images)
+from cxr_lab.runs import MissingUpstream, Step
+
+
+def gray(w=40, h=30, seed=0):
+    "A smooth picture, (h,w) uint8."
+    y, x = np.mgrid[:h, :w]
+    a, b = np.random.default_rng(seed).uniform(2, 4, 2)
+    return (127 + 60 * np.sin(a * x / w) + 60 * np.cos(b * y / h)).astype(np.uint8)
+
+def encoded(array, form='JPEG', **options):
+    buffer = io.BytesIO()
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+NAMES = {'NORMAL': 'IM-{:04d}-0001.jpeg', 'PNEUMONIA': 'person{}_virus_1.jpeg'}
+
+def layout(root, n=3, splits=('train', 'test')):
+    "A small valid data set, every file with its own content."
+    for s, split in enumerate(splits):
+        for c in CLASSES:
+            (root/split/c).mkdir(parents=True)
+            for i in range(n):
+                number = 100 * s + i
+                (root/split/c/NAMES[c].format(number)).write_bytes(encoded(gray(seed=2 * number + (c == 'NORMAL'))))
+    return root
+
+@pytest.fixture
+def root(tmp_path): return layout(tmp_path/'images')
+
+def first(root, split='train', c='NORMAL'): return sorted((root/split/c).iterdir())[0]
+
+
+# Layouts that are wrong
+
+def test_a_sound_layout(root):
+    index, rejected = index_images(root)
+    assert list(index) == list(INDEX_COLUMNS) and len(index) == 12 and not len(rejected) and list(index.path) == sorted(index.path)
+    row = index.set_index('path').loc['train/PNEUMONIA/person0_virus_1.jpeg']
+    content = (root/row.name).read_bytes()
+    assert (row.split, row.label, row.patient, row.subtype, row.width, row.height, row['mode'], row.bytes) == ('train', 1, 'person0_virus', 'virus', 40, 30, 'L', len(content))
+    assert row.sha256 == hashlib.sha256(content).hexdigest()
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"): index_images(tmp_path/'nowhere')
+    (tmp_path/'file').touch()
+    with pytest.raises(FileNotFoundError, match="no folder 'file'"): index_images(tmp_path/'file')
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_missing_split(root, split):
+    shutil.rmtree(root/split)
+    with pytest.raises(FileNotFoundError, match=f'images/{split}/ is missing; the layout is'): index_images(root)
+
+def test_val_may_be_absent_or_there(root, tmp_path):
+    assert set(index_images(root)[0].split) == {'train', 'test'}
+    assert set(index_images(layout(tmp_path/'three', splits=('train', 'val', 'test')))[0].split) == {'train', 'val', 'test'}
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+@pytest.mark.parametrize('c', CLASSES)
+@pytest.mark.parametrize('how', ['no folder', 'no files', 'no readable file'])
+def test_empty_class(root, split, c, how):
+    if how == 'no readable file':
+        for p in (root/split/c).iterdir(): p.write_bytes(b'')
+    else:
+        shutil.rmtree(root/split/c)
+        if how == 'no files': (root/split/c).mkdir()
+    with pytest.raises(ValueError, match=f'images/{split}/{c}/ holds no readable image'): index_images(root)
+
+@pytest.mark.parametrize('split', ['train', 'test'])
+def test_a_split_without_any_image(root, split):
+    for c in CLASSES:
+        for p in (root/split/c).iterdir(): p.unlink()
+    with pytest.raises(ValueError, match=f'images/{split}/NORMAL/ holds no readable image'): index_images(root)
+
+def test_a_data_set_without_any_image(root):
+    for p in root.rglob('*.jpeg'): p.unlink()
+    with pytest.raises(ValueError, match='holds no readable image'): index_images(root)
+
+def test_unknown_class_folder(root):
+    (root/'test'/'TUBERCULOSIS').mkdir()
+    with pytest.raises(ValueError, match=r'images/test/ has unknown class folders TUBERCULOSIS; the classes are NORMAL, PNEUMONIA'): index_images(root)
+
+def test_hidden_folders_of_tools_are_no_classes(root):
+    "JupyterLab leaves .ipynb_checkpoints in every folder it shows."
+    image = first(root)
+    for folder in ('train/.ipynb_checkpoints', 'train/NORMAL/.ipynb_checkpoints'):
+        (root/folder).mkdir()
+        shutil.copy(image, root/folder/'IM-0000-0001-checkpoint.jpeg')
+    assert len(index_images(root)[0]) == 12
+
+def half(content): return content[:len(content) // 2]
+
+BAD = {'text': (b'<html>404</html>', 'not an image'), 'zero bytes': (b'', 'the file is empty'), 'half a JPEG': (half(encoded(gray(400, 300))), 'damaged image'),
+       'JPEG without its end': (encoded(gray(400, 300))[:-100], 'damaged image'), 'half a PNG': (half(encoded(gray(400, 300), 'PNG')), 'damaged image'),
+       'half a progressive JPEG': (half(encoded(gray(400, 300), progressive=True)), 'damaged image'),
+       'a bomb': (encoded(Image.new('1', (20_000, 20_000)), 'PNG'), 'pixels|bomb'), 'floats': (encoded(gray().astype(np.float32), 'TIFF'), 'floating-point')}
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('name', BAD)
+def test_unreadable_files_are_listed_with_the_reason_and_counted(root, name):
+    content, reason = BAD[name]
+    path = first(root)
+    path.write_bytes(content)
+    index, rejected = index_images(root)
+    assert len(index) == 11 and list(rejected.path) == [path.relative_to(root).as_posix()]
+    assert pd.Series(rejected.reason).str.contains(reason).all()
+    with pytest.raises(ValueError, match=reason): read_pixels(content, 32)
+
+def test_a_truncated_large_jpeg_is_found_at_reduced_scale_too(root):
+    content = encoded(np.random.default_rng(0).integers(0, 255, (1000, 1400), np.uint8), quality=60)
+    for cut in (.3, .9, .999):
+        with pytest.raises(ValueError, match='damaged image'): open_image(content[:int(cut * len(content))], at_least=64)
+
+def test_files_in_the_wrong_place_are_listed(root):
+    for place in ('train/IM-0900-0001.jpeg', 'train/NORMAL/sub/IM-0901-0001.jpeg'):
+        (root/place).parent.mkdir(exist_ok=True)
+        shutil.copy(first(root), root/place)
+    index, rejected = index_images(root)
+    assert len(index) == 12 and set(rejected.reason) == {'not directly in a class folder'} and len(rejected) == 2
+
+@pytest.mark.skipif(os.name == 'nt' or getattr(os, 'geteuid', int)() == 0, reason='needs a file that may not be read')
+def test_a_file_that_may_not_be_read_is_listed(root):
+    first(root).chmod(0)
+    assert 'denied' in index_images(root)[1].reason[0]
+
+@pytest.mark.filterwarnings('ignore')
+def test_damaged_bytes_never_raise_anything_but_value_error():
+    rng, forms = np.random.default_rng(0), {}
+    for form, options in [('JPEG', {}), ('PNG', {}), ('TIFF', {}), ('GIF', {}), ('BMP', {}), ('WEBP', {}), ('PPM', {}), ('TIFF', dict(compression='tiff_lzw'))]:
+        forms[form + str(options)] = encoded(gray(), form, **options)
+    unexpected = {}
+    for name, content in forms.items():
+        for trial in range(150):
+            bad = bytearray(content)
+            for _ in range(rng.integers(1, 6)): bad[rng.integers(min(len(bad), 200 if trial % 2 else len(bad)))] = rng.integers(256)
+            try: out = read_pixels(bytes(bad), 16)
+            except ValueError: continue
+            except Exception as e: unexpected[f'{name} {type(e).__name__}'] = str(e)
+            else: assert out.shape == (1, 16, 16) and out.dtype == np.uint8
+    assert not unexpected
+
+
+# Forms of an image
+
+RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+RGB = np.dstack([RAMP] * 3)
+FORMS = {'gray JPEG': (encoded(RAMP, quality=95), 3), 'RGB JPEG': (encoded(RGB, quality=95), 3), 'CMYK JPEG': (encoded(Image.fromarray(RGB).convert('CMYK'), quality=95), 6),
+         'gray PNG': (encoded(RAMP, 'PNG'), 0), 'RGB PNG': (encoded(RGB, 'PNG'), 1), '16-bit PNG': (encoded(RAMP.astype(np.uint16) * 257, 'PNG'), 1),
+         '16-bit TIFF': (encoded(RAMP.astype(np.uint16) * 257, 'TIFF'), 1), '12 bits in 16': (encoded(RAMP.astype(np.uint16) << 4, 'PNG'), 1),
+         '32-bit TIFF': (encoded(RAMP.astype(np.int32) << 4, 'TIFF'), 1), 'palette PNG': (encoded(Image.fromarray(RAMP).convert('P'), 'PNG'), 1),
+         'palette GIF': (encoded(Image.fromarray(RAMP), 'GIF'), 1), 'opaque RGBA': (encoded(np.dstack([RGB, np.full_like(RAMP, 255)]), 'PNG'), 1),
+         'opaque gray + alpha': (encoded(Image.merge('LA', [Image.fromarray(RAMP), Image.new('L', (64, 48), 255)]), 'PNG'), 1),
+         'CMYK TIFF': (encoded(Image.fromarray(RGB).convert('CMYK'), 'TIFF'), 1), 'bilevel PNG': (encoded(Image.fromarray(RAMP > 127), 'PNG'), None)}
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('aspect', data.ASPECTS)
+def test_every_form_becomes_the_same_uint8(name, aspect):
+    content, tolerance = FORMS[name]
+    out = read_pixels(content, 32, aspect)
+    assert out.shape == (1, 32, 32) and out.dtype == np.uint8
+    truth = RAMP if tolerance is not None else (RAMP > 127).astype(np.uint8) * 255
+    difference = np.abs(out.astype(int) - square(Image.fromarray(truth), 32, aspect)).max()
+    assert difference <= (tolerance or 0)
+
+def test_transparent_is_black():
+    clear = np.dstack([np.full((8, 8, 3), 200, np.uint8), np.zeros((8, 8), np.uint8)])
+    assert not np.asarray(to_gray(Image.fromarray(clear))).any()
+    palette = Image.fromarray(np.full((8, 8), 200, np.uint8)).convert('P')
+    assert not open_image(encoded(palette, 'PNG', transparency=palette.getpixel((0, 0)))).getbbox()
+
+def test_a_black_16_bit_image_stays_black_and_8_bits_are_not_stretched():
+    assert not np.asarray(to_gray(Image.fromarray(np.zeros((4, 4), np.uint16)))).any()
+    assert np.asarray(to_gray(Image.fromarray(np.full((4, 4), 90, np.uint16)))).max() == 90
+    assert np.asarray(to_gray(Image.fromarray(np.array([[-5, 300]], np.int32)))).tolist() == [[0, 150]]
+
+@pytest.mark.parametrize('w,h,size', [(2000, 1500, 128), (2000, 1500, 64), (1600, 1000, 224), (900, 2000, 128), (257, 256, 128), (3000, 700, 128)])
+def test_reduced_decoding_loses_nothing(w, h, size):
+    "Against decoding every pixel: not more than rounding, also where there is fine detail."
+    rng = np.random.default_rng(0)
+    fine = gray(w, h).astype(int) + rng.integers(-30, 30, (h, w)) + 20 * (np.indices((h, w)).sum(0) // 8 % 2)
+    content = encoded(fine.clip(0, 255).astype(np.uint8), quality=90)
+    for aspect in data.ASPECTS:
+        full, reduced = square(open_image(content), size, aspect).astype(int), read_pixels(content, size, aspect).astype(int)
+        assert np.abs(full - reduced).mean() < 1 and np.abs(full - reduced).max() <= 8
+    assert min(open_image(content, at_least=2 * size).size) >= min(2 * size, h, w), 'never below what is needed'
+
+def test_large_jpegs_are_decoded_at_reduced_scale():
+    assert open_image(encoded(gray(2000, 1600)), at_least=256).size == (500, 400)
+
+def test_aspect_rules():
+    wide = np.zeros((20, 40), np.uint8); wide[:, 10:30] = 200
+    image = Image.fromarray(wide)
+    assert (square(image, 20, 'crop') == 200).mean() > .85, 'the middle square'
+    pad = square(image, 20, 'pad')[0]
+    assert not pad[:5].any() and not pad[15:].any() and pad[5:15, 7:13].min() == 200
+    stretch = square(image, 20)[0]
+    assert stretch[:, 7:13].min() == 200 and not stretch[:, :3].any()
+    tall = square(Image.fromarray(wide.T.copy()), 20, 'pad')[0]
+    assert (tall == pad.T).all()
+    with pytest.raises(ValueError, match="aspect='fit'; known: stretch, pad, crop"): square(image, 20, 'fit')
+    for aspect in data.ASPECTS: assert square(Image.fromarray(np.full((1, 500), 9, np.uint8)), 16, aspect).max() == 9, 'a line of pixels does not vanish'
+
+
+# Patients and splits
+
+def test_patient_keys():
+    assert patient_of('person23_bacteria_81.jpeg') == patient_of('person23_bacteria_82.jpeg') == 'person23_bacteria'
+    assert len({patient_of(f) for f in ('person1_virus_6.jpeg', 'person1_bacteria_6.jpeg', 'person11_virus_6.jpeg', 'IM-0115-0001.jpeg', 'NORMAL2-IM-0115-0001.jpeg')}) == 5
+    assert patient_of('NORMAL2-IM-0383-0001-0002.jpeg') == 'NORMAL2-IM-0383'
+    assert [subtype_of(f) for f in ('person1_virus_6.jpeg', 'person1_bacteria_6.jpeg', 'IM-0115-0001.jpeg', 'x.jpeg')] == ['virus', 'bacteria', '', '']
+    for name in ('holiday.jpeg', 'xperson1_virus_6.jpeg', 'person_virus_6.jpeg', ''):
+        with pytest.raises(ValueError, match='does not name a patient'): patient_of(name)
+
+def test_other_names_need_other_groups(root, tmp_path):
+    first(root).rename(root/'train/NORMAL/holiday.jpeg')
+    with pytest.raises(ValueError, match="'holiday.jpeg' does not name a patient.*groups='image'.*groups=CSV"): index_images(root)
+    index, _ = index_images(root, 'image')
+    assert index.patient.nunique() == 12
+    table = index[['path']].assign(patient=['01', '1', *'abcdefghij'])
+    table.to_csv(tmp_path/'who.csv', index=False)
+    assert list(index_images(root, str(tmp_path/'who.csv'))[0].patient) == list(table.patient)
+    table[1:].to_csv(tmp_path/'who.csv', index=False)
+    with pytest.raises(ValueError, match=f'names no patient for 1 images, e.g. {table.path[0]}'): index_images(root, str(tmp_path/'who.csv'))
+    table.drop(columns='patient').to_csv(tmp_path/'who.csv', index=False)
+    with pytest.raises(ValueError, match='needs the columns path and patient, found path'): index_images(root, str(tmp_path/'who.csv'))
+    with pytest.raises(FileNotFoundError, match="neither 'names', 'image' nor a CSV"): index_images(root, str(tmp_path/'none.csv'))
+
+def test_join_identical_against_a_naive_closure():
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(1, 40))
+        patients = pd.Series([f'p{i:02d}' for i in rng.integers(0, 15, n)])
+        hashes = pd.Series([f'h{i:02d}' for i in rng.integers(0, 25, n)])
+        joined = join_identical(patients, hashes)
+        names = patients.copy()
+        while True:  # the smallest name spreads along shared patients and shared contents until nothing changes
+            new = names.groupby(patients).transform('min').groupby(hashes).transform('min')
+            if (new == names).all(): break
+            names = new
+        assert list(joined) == list(names)
+
+def test_identical_files_join_their_patients(root):
+    a, b = sorted((root/'train/PNEUMONIA').iterdir())[:2]
+    b.write_bytes(a.read_bytes())
+    patients = index_images(root)[0].set_index('path').patient
+    assert patients[a.relative_to(root).as_posix()] == patients[b.relative_to(root).as_posix()] == 'person0_virus'
+
+def made_up(seed, n=400):
+    "An index with patients of very different sizes."
+    rng = np.random.default_rng(seed)
+    patient = rng.integers(0, 150, n); patient[:30] = 999
+    label = (patient % 4 > 0).astype(int)
+    split = np.where(np.arange(n) < n - 60, 'train', 'test'); split[-5:] = 'val'
+    patient = patient + 1000 * (split == 'test') + 5000 * (split == 'val')
+    return pd.DataFrame(dict(path=[f'{i:04d}.jpeg' for i in range(n)], split=split, label=label, patient=patient.astype(str), sha256=[f'{seed}-{i}' for i in range(n)])).sample(frac=1, random_state=seed)
+
+@pytest.mark.parametrize('fraction', [.1, .15, .25, .5])
+def test_validation_split_is_grouped_stratified_and_seeded(fraction):
+    for seed in range(5):
+        index = made_up(seed)
+        done = split_validation(index, fraction, seed)
+        assert check_no_leakage(done) == done.patient.nunique() and leaked_share(done) == 0
+        assert (done.drop(columns='split') == index.drop(columns='split')).all(axis=None) and (done.index == index.index).all()
+        assert (done.split[index.split == 'test'] == 'test').all() and (done.split[index.split == 'val'] == 'official_val').all()
+        train, held = done[done.split == 'train'], done[done.split == 'validation']
+        assert len(train) + len(held) == (index.split == 'train').sum()
+        assert abs(len(held) / (len(train) + len(held)) - fraction) < .06 and abs(held.label.mean() - train.label.mean()) < .12
+        assert (split_validation(index, fraction, seed).split == done.split).all()
+        assert (split_validation(index, fraction, seed + 1).split != done.split).any()
+
+@pytest.mark.parametrize('fraction', [0, -.1, .51, 1, 15, float('nan')])
+def test_impossible_fractions(fraction):
+    with pytest.raises(ValueError, match='val_fraction=.*a share above 0, at most 0.5'): split_validation(made_up(0), fraction)
+
+def test_too_few_patients_to_split(root):
+    with pytest.raises(ValueError, match=r'3 patients of class (NORMAL|PNEUMONIA) in train are too few for val_fraction=0.15: at least 7 are needed'):
+        split_validation(index_images(root)[0])
+
+def test_check_no_leakage_finds_patients_and_contents():
+    index = split_validation(made_up(1))
+    one = index[index.split == 'train'].iloc[0]
+    for other, key in [('validation', 'patient'), ('test', 'patient'), ('official_val', 'sha256')]:
+        victim = index.index[index.split == other][0]
+        bad = index.copy(); bad.loc[victim, key] = one[key]
+        with pytest.raises(Leakage, match=f'1 {key} values are in more than one split, e.g. {one[key]}'): check_no_leakage(bad)
+    moved = index.copy(); moved.loc[index.index[index.patient == '999'][0], 'split'] = 'test'
+    with pytest.raises(Leakage, match='999'): check_no_leakage(moved)
+
+def test_leaked_share_counts_images():
+    index = pd.DataFrame(dict(split=['train', 'train', 'validation', 'validation', 'validation', 'test'], patient=list('abacdb')))
+    assert leaked_share(index) == pytest.approx(1 / 3)
+
+
+# Pixel cache
+
+def cached(folder): return sorted(p.name for p in folder.iterdir() if not p.name.endswith('.lock')) if folder.exists() else []
+
+@pytest.fixture
+def cache(root, tmp_path):
+    "An index, its cache, and where it is."
+    index, folder = index_images(root)[0], tmp_path/'caches'
+    return root, index, folder, np.array(pixel_cache(root, index, 32, folder=folder))
+
+def built(monkeypatch):
+    "Counts how often a cache is built."
+    calls, build = [], data._build_cache
+    monkeypatch.setattr(data, '_build_cache', lambda *a: (calls.append(1), build(*a)))
+    return calls
+
+def test_cache_holds_the_index_in_its_order(cache, monkeypatch):
+    root, index, folder, pixels = cache
+    calls = built(monkeypatch)
+    again = pixel_cache(root, index, 32, folder=folder)
+    assert not calls and isinstance(again, np.memmap) and not again.flags.writeable and again.shape == (12, 1, 32, 32)
+    for i, path in enumerate(index.path): assert (again[i] == read_pixels((root/path).read_bytes(), 32)).all()
+    assert len(cached(folder)) == 1
+
+def test_cache_of_more_than_one_chunk(cache, monkeypatch):
+    root, index, folder, pixels = cache
+    monkeypatch.setattr(data, '_CHUNK', 5)
+    shutil.rmtree(folder)
+    assert (pixel_cache(root, index, 32, folder=folder) == pixels).all()
+    one = next(folder.glob('*/pixels.npy'))
+    for at in (-1, 200, -3000):
+        bad = bytearray(one.read_bytes()); bad[at] ^= 255; one.write_bytes(bad)
+        calls = built(monkeypatch)
+        assert (pixel_cache(root, index, 32, folder=folder) == pixels).all() and calls
+
+def test_another_order_size_or_aspect_is_another_cache(cache, monkeypatch):
+    root, index, folder, pixels = cache
+    calls, turned = built(monkeypatch), index[::-1].reset_index(drop=True)
+    assert (pixel_cache(root, turned, 32, folder=folder) == pixels[::-1]).all() and len(calls) == 1
+    assert pixel_cache(root, index, 48, folder=folder).shape[-1] == 48 and len(calls) == 2
+    assert (pixel_cache(root, index, 32, 'pad', folder=folder) != pixels).any() and len(calls) == 3
+    assert len(pixel_cache(root, index[:5], 32, folder=folder)) == 5 and len(calls) == 4 and len(cached(folder)) == 5
+    assert (pixel_cache(root, index.assign(patient='x', split='test'), 32, folder=folder) == pixels).all() and len(calls) == 4, 'only paths and contents matter'
+    assert fingerprint(index) == fingerprint(turned) != fingerprint(index[1:])
+
+@pytest.mark.parametrize('how', ['changed', 'gone', 'a folder'])
+def test_an_index_that_changed_under_the_cache(cache, how):
+    root, index, folder, _ = cache
+    path = root/index.path[3]
+    path.unlink()
+    if how == 'changed': path.write_bytes(encoded(gray(seed=99)))
+    if how == 'a folder': path.mkdir()
+    before = cached(folder)
+    with pytest.raises(RuntimeError, match=f'{index.path[3]} (has changed since it was indexed|cannot be read any more.*): run 00_data again'):
+        pixel_cache(root, index, 48, folder=folder)
+    assert cached(folder) == before, 'nothing is left behind'
+
+@pytest.mark.parametrize('damage', ['a bit', 'shorter', 'empty', 'gone', 'no array', 'meta cut', 'meta empty', 'meta gone', 'meta a list', 'meta of others', 'other shape'])
+def test_a_damaged_cache_is_made_again(cache, monkeypatch, capsys, damage):
+    root, index, folder, pixels = cache
+    place = next(p for p in folder.iterdir() if p.is_dir())
+    file, meta, calls = place/'pixels.npy', place/'meta.json', built(monkeypatch)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == 'a bit': file.write_bytes(content)
+    if damage == 'shorter': file.write_bytes(content[:-50])
+    if damage == 'empty': file.write_bytes(b'')
+    if damage == 'gone': file.unlink()
+    if damage == 'no array': file.write_bytes(b'pixels' * 100)
+    if damage == 'other shape': np.save(file, pixels[:, :, :16])
+    if damage == 'meta cut': meta.write_text(meta.read_text()[:40])
+    if damage == 'meta empty': meta.write_text('')
+    if damage == 'meta gone': meta.unlink()
+    if damage == 'meta a list': meta.write_text('[]')
+    if damage == 'meta of others': meta.write_text(meta.read_text().replace('stretch', 'pad'))
+    assert (pixel_cache(root, index, 32, folder=folder) == pixels).all() and len(calls) == 1
+    assert 'damaged and is made again' in capsys.readouterr().out and len(cached(folder)) == 1
+    assert (pixel_cache(root, index, 32, folder=folder) == pixels).all() and len(calls) == 1
+
+class Full:
+    "A file on a disk with room for `room` bytes."
+    def __init__(self, file, room): self.file, self.room = file, room
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, content):
+        self.room -= len(content)
+        if self.room < 0: raise OSError(errno.ENOSPC, 'No space left on device')
+        return self.file.write(content)
+
+@pytest.mark.parametrize('room', [0, 200, 7000])
+def test_full_disk_while_the_cache_is_written(root, tmp_path, monkeypatch, room):
+    index, folder = index_images(root)[0], tmp_path/'caches'
+    with monkeypatch.context() as m:
+        m.setattr(data, 'open', lambda *a, **k: Full(open(*a, **k), room), raising=False)
+        m.setattr(data, '_CHUNK', 4)
+        with pytest.raises(OSError, match=r'the disk is full: the pixel cache needs 0 MB; nothing was left behind.*CXR_LAB_CACHE') as e: pixel_cache(root, index, 32, folder=folder)
+    assert e.value.errno == errno.ENOSPC and cached(folder) == []
+    assert len(pixel_cache(root, index, 32, folder=folder)) == 12, 'and it works once there is room'
+
+def test_full_disk_while_the_cache_is_flushed(root, tmp_path, monkeypatch):
+    from cxr_lab import runs
+    def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(runs.os, 'fsync', full)
+    with pytest.raises(OSError, match='the disk is full: the pixel cache'): pixel_cache(root, index_images(root)[0], 32, folder=tmp_path/'caches')
+    assert cached(tmp_path/'caches') == []
+
+def test_other_errors_of_the_disk_are_not_called_full(root, tmp_path, monkeypatch):
+    def broken(*a, **k): raise OSError(errno.EIO, 'Input/output error')
+    monkeypatch.setattr(data, 'open', broken, raising=False)
+    with pytest.raises(OSError, match='Input/output error'): pixel_cache(root, index_images(root)[0], 32, folder=tmp_path/'caches')
+    assert cached(tmp_path/'caches') == []
+
+def test_an_interrupted_build_leaves_nothing(root, tmp_path, monkeypatch):
+    def interrupted(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(data, '_decode', interrupted)
+    with pytest.raises(KeyboardInterrupt): pixel_cache(root, index_images(root)[0], 32, folder=tmp_path/'caches')
+    assert cached(tmp_path/'caches') == []
+
+def test_impossible_sizes(root):
+    index = index_images(root)[0]
+    for size in (0, 15, 2049, -1):
+        with pytest.raises(ValueError, match='image_size=.*16 to 2048'): pixel_cache(root, index, size)
+    with pytest.raises(ValueError, match="aspect='squash'"): pixel_cache(root, index, 32, 'squash')
+
+def python(code, *args, **env):
+    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+
+def test_two_processes_share_one_cache(root, tmp_path):
+    index_images(root)[0].to_csv(tmp_path/'index.csv', index=False)
+    code = """
+        import sys, time, pandas as pd
+        from pathlib import Path
+        from cxr_lab import data
+        root, table, folder = map(Path, sys.argv[1:])
+        build = data._build_cache
+        def slow(*a): print('built'); time.sleep(1); build(*a)
+        data._build_cache = slow
+        index = pd.read_csv(table, keep_default_na=False)
+        (table.parent/f'ready{time.time_ns()}').touch()
+        while not (table.parent/'go').exists(): time.sleep(.01)
+        print(data.pixel_cache(root, index, 32, folder=folder).sum())
+    """
+    both = [python(code, root, tmp_path/'index.csv', tmp_path/'caches') for _ in range(2)]
+    while len(list(tmp_path.glob('ready*'))) < 2 and all(p.poll() is None for p in both): time.sleep(.05)
+    (tmp_path/'go').touch()
+    out = [p.communicate(timeout=300) for p in both]
+    assert all(p.returncode == 0 for p in both), out
+    lines = sorted(o.split() for o, _ in out)
+    assert lines[0][-1] == lines[1][-1] and sorted(map(len, lines)) == [1, 2], lines  # one built, both read
+    assert len(cached(tmp_path/'caches')) == 1
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the memory of a process from /proc')
+def test_data_of_many_times_the_memory(tmp_path):
+    "Building, checking and reading a cache of 420 MB takes a small part of that as memory of the process's own; the rest are pages the system may drop."
+    code = """
+        import sys, threading, time, numpy as np, pandas as pd
+        from pathlib import Path
+        from cxr_lab import data
+        from cxr_lab.train import make_loader
+        def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) / 1024
+        root, n, peak, done = Path(sys.argv[1]), 1600, [0], threading.Event()
+        rng = np.random.default_rng(0)
+        content = data.Image.fromarray(rng.integers(0, 255, (64, 64), np.uint8))
+        root.mkdir(); content.save(root/'one.png')
+        sha = data.hashlib.sha256((root/'one.png').read_bytes()).hexdigest()
+        for i in range(n): (root/f'{i}.png').hardlink_to(root/'one.png')
+        index = pd.DataFrame(dict(path=[f'{i}.png' for i in range(n)], sha256=sha, split='train', label=np.arange(n) % 2))
+        def watch():
+            while not done.is_set(): peak[0] = max(peak[0], own()); time.sleep(.005)
+        before = own()
+        threading.Thread(target=watch).start()
+        try:
+            pixels = data.pixel_cache(root, index, 512, folder=root/'cache', workers=2)
+            seen = sum(len(x) for x, y in make_loader(data.Dataset(index, pixels, None), 'train', 16, shuffle_seed=0))
+        finally: done.set()
+        print(seen, pixels.nbytes / 2**20, peak[0] - before)
+    """
+    p = python(code, tmp_path/'images')
+    out, err = p.communicate(timeout=600)
+    shutil.rmtree(tmp_path/'images')
+    assert p.returncode == 0, err
+    seen, size, used = map(float, out.split())
+    assert seen == 1600 and size == 400 and used < 200, f'{used:.0f} MB for a cache of {size:.0f} MB'
+
+def test_a_chunk_is_bounded_in_bytes(tmp_path, monkeypatch):
+    "At the largest size, one image has 4 MB: what is held at once must not grow with it."
+    monkeypatch.setattr(data, '_decode', lambda root, size, aspect, row: np.zeros((1, size, size), np.uint8))
+    held, write = [], np.lib.format.write_array_header_1_0
+    class Watched(Full):
+        def write(self, content): held.append(len(content)); return len(content)
+    monkeypatch.setattr(data, 'open', lambda *a, **k: Watched(open(*a, **k), 0), raising=False)
+    index = pd.DataFrame(dict(path=[f'{i}' for i in range(60)], sha256='x'))
+    data._build_cache(tmp_path/'c', tmp_path, index, 2048, 'stretch', 2, {})
+    assert sum(held) > 60 * 2**22 and max(held) <= 64 * 2**20
+
+
+# load_dataset
+
+def prepared(root, tmp_path, **changes):
+    "What lesson 00 leaves."
+    step = Step(tmp_path/'run', '00_data', dict(data=str(root), groups='names', image_size=32, aspect='stretch', val_fraction=.5, seed=0, phantoms=8) | changes)
+    index = split_validation(index_images(root, step.params('00_data')['groups'])[0], .5)
+    step.write_csv(index, 'index.csv')
+    return step, index
+
+def test_load_dataset_round_trip(root, tmp_path):
+    step, index = prepared(root, tmp_path)
+    loaded = load_dataset(step)
+    assert loaded.index.astype(str).equals(index.astype(str)) and loaded.source.kind == 'folder'
+    assert (loaded.index.patient[loaded.rows('test')] == index.patient[index.split == 'test']).all() and list(loaded.labels) == list(index.label)
+    assert sorted(np.concatenate([loaded.rows(s) for s in ('train', 'validation', 'test')])) == list(range(12)) and not len(loaded.rows('official_val'))
+    assert isinstance(loaded, Dataset)
+
+def test_load_dataset_keeps_patient_names_that_look_like_numbers(root, tmp_path):
+    names = [f'{i:03d}' for i in range(10)] + ['10', '010']
+    index_images(root, 'image')[0][['path']].assign(patient=names).to_csv(tmp_path/'who.csv', index=False)
+    step, index = prepared(root, tmp_path, groups=str(tmp_path/'who.csv'))
+    assert list(load_dataset(step).index.patient) == names
+
+def test_load_dataset_without_lesson_00(tmp_path):
+    with pytest.raises(MissingUpstream, match='run notebook 00_data first'): load_dataset(Step(tmp_path/'run', '03_train', {}))
+
+def test_load_dataset_when_the_files_changed(root, tmp_path, monkeypatch):
+    step, index = prepared(root, tmp_path)
+    (root/index.path[0]).write_bytes(encoded(gray(seed=77)))
+    monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path/'empty'))
+    with pytest.raises(RuntimeError, match='has changed since it was indexed: run 00_data again'): load_dataset(step)
+
+
+# find_data
+
+def test_find_data_folder_and_masks(root, tmp_path):
+    source = find_data(str(root))
+    assert (source.kind, source.images, source.lung_masks) == ('folder', root, None)
+    (tmp_path/'study').mkdir(); root.rename(tmp_path/'study'/'chest_xray'); (tmp_path/'study'/'lung_masks').mkdir()
+    source = find_data(str(tmp_path/'study'))
+    assert (source.kind, source.images, source.lung_masks) == ('folder', tmp_path/'study'/'chest_xray', tmp_path/'study'/'lung_masks')
+
+def test_find_data_never_falls_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'write_phantoms', lambda *a, **k: pytest.fail('phantoms instead of what was asked for'))
+    monkeypatch.setattr(data, 'fetch', lambda name: Path('fetched')/name)
+    monkeypatch.delenv('CXR_LAB_DATA', raising=False)
+    assert find_data('kermany').images == Path('fetched/kermany') and find_data('pneumoniamnist').kind == 'pneumoniamnist'
+    monkeypatch.setenv('CXR_LAB_DATA', str(tmp_path/'wrong'))
+    with pytest.raises(FileNotFoundError, match='CXR_LAB_DATA names a folder without chest_xray/.*correct it, or unset it'): find_data('kermany')
+    with pytest.raises(FileNotFoundError, match="data='kermani' is neither phantom, kermany, pneumoniamnist nor a folder"): find_data('kermani')
+    layout(tmp_path/'right'/'chest_xray')
+    monkeypatch.setenv('CXR_LAB_DATA', str(tmp_path/'right'))
+    assert find_data('kermany').images == tmp_path/'right'/'chest_xray' and find_data('kermany').kind == 'kermany'
+    def offline(name): raise OSError('no network')
+    monkeypatch.delenv('CXR_LAB_DATA'); monkeypatch.setattr(data, 'fetch', offline)
+    with pytest.raises(OSError, match='no network'): find_data('kermany')
+
+def test_find_data_phantoms(monkeypatch, tmp_path):
+    monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
+    source = find_data('phantom', 8, 5)
+    assert source.kind == 'phantom' and source.lung_masks.is_dir() and source.opacity_masks.is_dir() and tmp_path in source.images.parents
+    assert find_data('phantom', 8, 5) == source != find_data('phantom', 8, 6)
+    assert check_no_leakage(index_images(source.images)[0]) > 8
+
+
+# Downloads, from a server on this machine
+
+class Server(http.server.ThreadingHTTPServer):
+    "Serves `content`; `behavior` says how badly."
+    daemon_threads = True
+    def __init__(self, content):
+        self.content, self.requests, self.ranges, self.cut, self.status = content, [], True, None, None
+        super().__init__(('127.0.0.1', 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+    @property
+    def url(self): return f'http://127.0.0.1:{self.server_address[1]}/file.zip'
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *a): pass
+    def do_GET(self):
+        s, asked = self.server, self.headers.get('Range')
+        s.requests.append(asked)
+        if s.status: return self.send_error(s.status)
+        start = int(asked.split('=')[1].split('-')[0]) if asked and s.ranges else 0
+        if asked and s.ranges and start >= len(s.content):
+            self.send_response(416); self.send_header('Content-Length', '0'); return self.end_headers()
+        body = s.content[start:]
+        self.send_response(206 if asked and s.ranges else 200)
+        self.send_header('Content-Length', str(len(body)))
+        if asked and s.ranges: self.send_header('Content-Range', f'bytes {start}-{len(s.content) - 1}/{len(s.content)}')
+        self.end_headers()
+        cut, s.cut = s.cut, None
+        self.wfile.write(body[:cut])
+        self.close_connection = True
+
+@pytest.fixture
+def archive(tmp_path):
+    "A ZIP file of 4 MB in the layout of the data."
+    file, rng = tmp_path/'made.zip', np.random.default_rng(0)
+    with zipfile.ZipFile(file, 'w') as z:
+        for split in ('train', 'test'):
+            for c in CLASSES: z.writestr(f'chest_xray/{split}/{c}/{NAMES[c].format(1)}', rng.bytes(1 << 20))
+    return file
+
+@pytest.fixture
+def server(archive, monkeypatch):
+    server = Server(archive.read_bytes())
+    serve(monkeypatch, server, 'sha256:' + hashlib.sha256(server.content).hexdigest())
+    yield server
+    server.shutdown(); server.server_close()
+
+def serve(monkeypatch, server, checksum, **info):
+    monkeypatch.setitem(data.DATASETS, 'kermany', data.DATASETS['kermany'] | dict(url=server.url, checksum=checksum, file='file.zip', train=2, val=0, test=2) | info)
+
+def test_download_unpack_and_reuse(server, tmp_path):
+    said = io.StringIO()
+    data.pooch.get_logger().addHandler(handler := logging.StreamHandler(said))
+    images = fetch('kermany', tmp_path/'d')
+    assert sorted(p.relative_to(images).parts[0] for p in images.rglob('*.jpeg')) == ['test', 'test', 'train', 'train']
+    assert server.requests == [None] and fetch('kermany', tmp_path/'d') == images and len(server.requests) == 1
+    assert sorted(p.name for p in (tmp_path/'d').iterdir()) == ['file.zip', 'kermany']
+    data.pooch.get_logger().removeHandler(handler)
+    assert said.getvalue() == '', 'pooch logs to stderr, with the path of this machine: it would end up in a notebook'
+
+def test_broken_connection_is_resumed(server, tmp_path):
+    server.cut = 3_000_000
+    with pytest.raises(OSError, match='[Tt]ry again|the next try continues'): fetch('kermany', tmp_path/'d')
+    assert not (tmp_path/'d/kermany').exists() and not (tmp_path/'d/file.zip').exists()
+    have = (tmp_path/'d/file.zip.part').stat().st_size
+    assert 0 < have <= 3_000_000
+    assert fetch('kermany', tmp_path/'d').is_dir()
+    assert server.requests == [None, f'bytes={have}-'] and not (tmp_path/'d/file.zip.part').exists()
+    assert (tmp_path/'d/file.zip').read_bytes() == server.content
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    server.cut, server.ranges = 3_000_000, False
+    with pytest.raises(OSError): fetch('kermany', tmp_path/'d')
+    assert fetch('kermany', tmp_path/'d').is_dir() and (tmp_path/'d/file.zip').read_bytes() == server.content
+
+def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/file.zip.part').write_bytes(server.content + b'more')
+    with pytest.raises(OSError): fetch('kermany', tmp_path/'d')
+    assert fetch('kermany', tmp_path/'d').is_dir()
+
+def test_wrong_checksum_is_refused(server, tmp_path, monkeypatch):
+    serve(monkeypatch, server, 'md5:' + '0' * 32)
+    with pytest.raises(ValueError, match='hash'): fetch('kermany', tmp_path/'d')
+    assert not (tmp_path/'d/kermany').exists() and not (tmp_path/'d/file.zip').exists() and not (tmp_path/'d/file.zip.part').exists()
+
+def test_a_part_of_another_file_does_not_pass(server, tmp_path):
+    (tmp_path/'d').mkdir(); (tmp_path/'d/file.zip.part').write_bytes(b'x' * 1000)
+    with pytest.raises(ValueError, match='hash'): fetch('kermany', tmp_path/'d')
+    assert fetch('kermany', tmp_path/'d').is_dir(), 'the next try starts over'
+
+@pytest.mark.parametrize('status', [403, 404, 500])
+def test_server_errors_say_what_to_do(server, tmp_path, status):
+    server.status = status
+    with pytest.raises(OSError, match='could not be downloaded.*HTTPError.*get it by hand from'): fetch('kermany', tmp_path/'d')
+    assert not (tmp_path/'d/kermany').exists()
+
+def test_offline(server, tmp_path):
+    server.shutdown(); server.server_close()
+    with pytest.raises(OSError, match='could not be downloaded.*is there a network'): fetch('kermany', tmp_path/'d')
+
+def test_other_counts_than_published_are_refused_every_time(server, tmp_path, monkeypatch):
+    serve(monkeypatch, server, None, train=3)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="found {'train': 2, 'val': 0, 'test': 2} images, published are {'train': 3"): fetch('kermany', tmp_path/'d')
+
+def test_unknown_data_set():
+    with pytest.raises(ValueError, match="unknown data set 'chexpert'; known: kermany, pneumoniamnist"): fetch('chexpert')
+
+def test_pneumoniamnist_becomes_the_layout(tmp_path, monkeypatch):
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    arrays = {f'{s}_images': rng.integers(0, 255, (4, 28, 28), np.uint8) for s in data.FOLDERS} | {f'{s}_labels': np.array([[0], [1], [1], [0]]) for s in data.FOLDERS}
+    np.savez(buffer, **arrays)
+    server = Server(buffer.getvalue())
+    monkeypatch.setitem(data.DATASETS, 'pneumoniamnist', data.DATASETS['pneumoniamnist'] | dict(url=server.url, checksum='md5:' + hashlib.md5(server.content).hexdigest(), train=4, val=4, test=4))
+    index, rejected = index_images(fetch('pneumoniamnist', tmp_path), 'image')
+    server.shutdown(); server.server_close()
+    assert len(index) == 12 and not len(rejected)
+    for split in data.FOLDERS:
+        rows = index[index.split == split]
+        for label, path in zip(rows.label, rows.path):
+            i = int(Path(path).stem[-5:])
+            assert label == arrays[f'{split}_labels'][i, 0] and (np.asarray(Image.open(tmp_path/'pneumoniamnist'/path)) == arrays[f'{split}_images'][i]).all()
+
+
+# Archives
+
+def zipped(path, members, **options):
+    with zipfile.ZipFile(path, 'w', **options) as z:
+        for name, content in members.items(): z.writestr(name, content)
+    return path
+
+def test_only_images_leave_an_archive(tmp_path):
+    outside = ['../train/NORMAL/a.jpeg', '/train/NORMAL/a.jpeg', '../../chest_xray/train/NORMAL/a.jpeg', 'train/NORMAL/../../../a.jpeg', 'train\\NORMAL\\a.jpeg', 'train/NORMAL/..\\a.jpeg',
+               'train/NORMAL/sub/a.jpeg', 'train/OTHER/a.jpeg', 'train/NORMAL/a.exe', 'train/NORMAL/a.jpeg/', 'C:/train/NORMAL/a.jpeg', '__MACOSX/chest_xray/train/NORMAL/._a.jpeg', 'train/NORMAL/._a.jpeg',
+               'chest_xray/chest_xray/train/NORMAL/a.jpeg']
+    good = ['train/NORMAL/IM-1-1.jpeg', 'chest_xray/train/PNEUMONIA/person1_virus_1.JPG', 'chest_xray/test/normal/b.png']
+    file = zipped(tmp_path/'a.zip', {name: b'pixels' for name in outside + good})
+    assert unpack_images(file, tmp_path/'box'/'images') == {'train/NORMAL': 1, 'train/PNEUMONIA': 1, 'test/NORMAL': 1}
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob('*') if p.is_file() and p != file) == [
+        'box/images/test/NORMAL/b.png', 'box/images/train/NORMAL/IM-1-1.jpeg', 'box/images/train/PNEUMONIA/person1_virus_1.JPG']
+
+def test_a_link_in_an_archive_stays_bytes(tmp_path):
+    link = zipfile.ZipInfo('train/NORMAL/link.jpeg'); link.external_attr = 0o120777 << 16; link.create_system = 3
+    with zipfile.ZipFile(tmp_path/'a.zip', 'w') as z: z.writestr(link, '/etc/passwd')
+    unpack_images(tmp_path/'a.zip', tmp_path/'images')
+    assert not (tmp_path/'images/train/NORMAL/link.jpeg').is_symlink()
+
+def test_a_bomb_is_refused(tmp_path):
+    file = zipped(tmp_path/'a.zip', {'train/NORMAL/a.jpeg': bytes(65 << 20)}, compression=zipfile.ZIP_DEFLATED)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(ValueError, match='train/NORMAL/a.jpeg claims 68,157,440 bytes'): unpack_images(file, tmp_path/'images')
+    assert sorted(os.listdir(tmp_path)) == ['a.zip']
+
+def test_a_bomb_that_lies_about_its_size_is_refused(tmp_path):
+    file = zipped(tmp_path/'a.zip', {'train/NORMAL/a.jpeg': bytes(65 << 20)}, compression=zipfile.ZIP_DEFLATED)
+    true, lie = (65 << 20).to_bytes(4, 'little'), (1000).to_bytes(4, 'little')
+    assert file.read_bytes().count(true) == 2
+    file.write_bytes(file.read_bytes().replace(true, lie))
+    with pytest.raises(ValueError, match='damaged'): unpack_images(file, tmp_path/'images')
+    assert sorted(os.listdir(tmp_path)) == ['a.zip']
+
+@pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'text', 'no images', 'with a password'])
+def test_a_damaged_archive_is_refused(tmp_path, how):
+    file = zipped(tmp_path/'a.zip', {'train/NORMAL/a.jpeg': b'pixels' * 100, 'train/NORMAL/b.jpeg': b'pixels' * 100})
+    content = bytearray(file.read_bytes())
+    if how == 'cut': content = content[:-60]
+    if how == 'flipped': content[100] ^= 1
+    if how == 'empty': content = b''
+    if how == 'text': content = b'<html>not found</html>'
+    if how == 'with a password':
+        for at in (content.find(b'PK\3\4') + 6, content.find(b'PK\1\2') + 8): content[at] |= 1
+    file.write_bytes(content)
+    if how == 'no images': zipped(file, {'readme.txt': b'x'})
+    with pytest.raises(ValueError, match='holds no' if how == 'no images' else 'a.zip is damaged|password'): unpack_images(file, tmp_path/'images')
+    assert sorted(os.listdir(tmp_path)) == ['a.zip']
+
+
+# The real images
+
+@pytest.fixture(scope='module')
+def real_index(real_data): return index_images(real_data/'chest_xray')
+
+def test_real_counts(real_index):
+    index, rejected = real_index
+    counts = index.groupby(['split', 'label']).size()
+    assert {s: (counts[s, 0], counts[s, 1]) for s in data.FOLDERS} == {'train': (1341, 3875), 'val': (8, 8), 'test': (234, 390)} and not len(rejected)
+
+def test_real_identical_files(real_index):
+    index, _ = real_index
+    same = index[index.duplicated('sha256', keep=False)]
+    assert same.sha256.nunique() == 30 and index.duplicated('sha256').sum() == 32
+    assert (same.groupby('sha256')[['split', 'label', 'patient']].nunique() == 1).all(axis=None)
+
+def test_real_split_leaks_nothing(real_index):
+    index = real_index[0]
+    for seed in range(3):
+        done = split_validation(index, .15, seed)
+        assert check_no_leakage(done) > 2000 and leaked_share(done) == 0
+        held, train = done[done.split == 'validation'], done[done.split == 'train']
+        assert abs(len(held) / 5216 - .15) < .02 and abs(held.label.mean() - train.label.mean()) < .02 and (done.split == 'official_val').sum() == 16
+
+def test_real_masks_pair_with_images(real_data, real_index):
+    masks = {p.relative_to(real_data/'lung_masks').with_suffix('.jpeg').as_posix() for p in (real_data/'lung_masks').rglob('*.png')}
+    if not masks: pytest.skip('no lung masks beside the images')
+    assert len(masks) == 5163 and masks <= set(real_index[0].path)
