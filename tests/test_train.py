@@ -1,0 +1,357 @@
+"Scores against scikit-learn, intervals against simulation, training that can be repeated to the byte and continued where it stopped."
+import signal, warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from sklearn import metrics as sk
+
+from cxr_lab import train
+from cxr_lab.augment import Augment
+from cxr_lab.data import Dataset
+from cxr_lab.model import SmallCNN, load_model
+from cxr_lab.runs import Step, read_json, read_metrics, read_predictions
+from cxr_lab.train import (METRICS, Classifier, Pixels, calibration_error, choose_threshold, fit, intervals, make_loader, mean_sd, patient_weights, predict, read_histories,
+                           run_experiment, score, test_table as tabulate, weighted_scores)
+
+pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::UserWarning:pytorch_lightning')
+
+
+# Scores
+
+def case(seed, n=None, digits=2):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 2, n or rng.integers(2, 60))
+    return y, np.round(rng.random(len(y)) * .8 + .2 * y, digits), rng
+
+def by_sklearn(y, p, threshold, w=None):
+    hit, one = (p >= threshold).astype(int), dict(zero_division=np.nan, sample_weight=w)
+    recall, specificity = sk.recall_score(y, hit, **one), sk.recall_score(y, hit, pos_label=0, **one)
+    held = np.ones(len(y)) if w is None else w
+    both = all(held[y == c].sum() for c in (0, 1))
+    return dict(recall=recall, precision=sk.precision_score(y, hit, **one), accuracy=sk.accuracy_score(y, hit, sample_weight=w), f1=sk.f1_score(y, hit, **one),
+                specificity=specificity, balanced_accuracy=(recall + specificity) / 2, auroc=sk.roc_auc_score(y, p, sample_weight=w) if both else np.nan)
+
+@pytest.mark.parametrize('digits', [1, 6])
+def test_score_against_sklearn(digits):
+    for seed in range(150):
+        y, p, rng = case(seed, digits=digits)
+        threshold = float(rng.choice([.5, 0, 1, *p]))
+        found = score(y, p, threshold)
+        assert list(found) == list(METRICS)
+        for k, v in by_sklearn(y, p, threshold).items(): assert (found[k] is None and np.isnan(v)) or found[k] == pytest.approx(v, abs=1e-12), (seed, k)
+
+def test_score_is_inclusive_at_the_threshold_and_undefined_is_none():
+    assert score([0, 1], [.2, .5])['accuracy'] == 1
+    one = score([1, 1], [.1, .9])
+    assert one['recall'] == .5 and one['specificity'] is one['auroc'] is one['balanced_accuracy'] is None
+    assert score([0, 0], [.1, .2])['precision'] is None and score([0, 1], [.1, .2])['precision'] is None
+    for y, p in [([0, 1], [.5]), ([], []), ([[0]], [[.5]])]:
+        with pytest.raises(ValueError, match='equally long vectors'): score(y, p)
+
+def test_weighted_scores_against_sklearn():
+    for seed in range(40):
+        y, p, rng = case(seed, 30, digits=seed % 3 + 1)
+        weights, threshold = rng.integers(0, 4, (6, 30)).astype(np.int16), float(rng.choice([.5, p[0]]))
+        found = weighted_scores(y, p, weights, threshold)
+        assert list(found) == list(METRICS)
+        for i, w in enumerate(weights):
+            for k, v in by_sklearn(y, p, threshold, w.astype(float)).items(): assert found[k][i] == pytest.approx(v, abs=1e-6, nan_ok=True), (seed, k)
+        plain = weighted_scores(y, p, np.ones((1, 30), np.int16), threshold)
+        for k, v in score(y, p, threshold).items(): assert plain[k][0] == pytest.approx(np.nan if v is None else v, nan_ok=True)
+
+def test_weighted_scores_are_exact_for_large_sets():
+    y, p, _ = case(0, 4000, digits=6)
+    w = patient_weights(np.arange(4000) // 3, 3)
+    found = weighted_scores(y, p, w)
+    for i in range(3):
+        for k, v in by_sklearn(y, p, .5, w[i].astype(float)).items(): assert found[k][i] == pytest.approx(v, abs=1e-6)
+
+def test_intervals_cover_the_truth():
+    "Patients with three images that share an error: about 95 % of 200 intervals hold the true accuracy; a bootstrap over images would not."
+    rng, covered, naive, trials = np.random.default_rng(0), 0, 0, 200
+    for trial in range(trials):
+        patient = np.arange(150) // 3
+        y = (patient % 2).astype(int)
+        right = np.where(rng.random(50)[patient] < .9, rng.random(50)[patient] < .8, rng.random(150) < .8)
+        df = pd.DataFrame(dict(patient=patient, label=y, probability=np.where(right, y, 1 - y) * .8 + .1))
+        low, high = intervals(df, n_boot=300, seed=trial)['accuracy']
+        covered += low <= .8 <= high
+        low, high = intervals(df.assign(patient=range(150)), n_boot=300, seed=trial)['accuracy']
+        naive += low <= .8 <= high
+    assert .89 <= covered / trials <= .985 and naive / trials < .85
+
+def test_intervals_hold_the_estimate_and_are_seeded():
+    y, p, _ = case(3, 60)
+    df = pd.DataFrame(dict(patient=np.arange(60) // 2, label=y, probability=p))
+    found = intervals(df, n_boot=200)
+    for k, v in score(y, p).items(): assert found[k][0] <= v <= found[k][1]
+    assert found == intervals(df, n_boot=200) != intervals(df, n_boot=200, seed=1)
+
+def test_choose_threshold_against_brute_force():
+    def youden(y, p, t): return ((p >= t)[y == 1]).mean() - ((p >= t)[y == 0]).mean()
+    for seed in range(200):
+        y, p, rng = case(seed, digits=int(seed % 3 + 1))
+        if 0 < y.sum() < len(y):
+            t = choose_threshold(y, p)
+            assert 0 <= t <= 1 and youden(y, p, t) == pytest.approx(max(youden(y, p, x) for x in [*p, 2.])), seed
+
+def test_choose_threshold_is_halfway():
+    assert choose_threshold([0, 0, 1, 1], [.1, .2, .6, .8]) == pytest.approx(.4)
+    assert choose_threshold([0, 1], [0., 1.]) == pytest.approx(.5)
+    worst = choose_threshold([1, 1, 0, 0], [.1, .2, .6, .8])
+    assert 0 <= worst <= 1 and np.isfinite(worst)
+
+def test_choose_threshold_needs_both_classes():
+    with pytest.raises(ValueError): choose_threshold([1, 1], [.2, .4])
+
+def test_calibration_error():
+    assert calibration_error([0, 1], [0., 1.]) == 0 and calibration_error([1, 0], [0., 1.]) == 1
+    assert calibration_error([0, 1, 1, 1], [.75] * 4) == pytest.approx(0) and calibration_error([0, 0], [.25, .35]) == pytest.approx(.3)
+    rng = np.random.default_rng(0)
+    p = rng.random(20000)
+    assert calibration_error(rng.random(20000) < p, p) < .02 and calibration_error(rng.random(20000) < p**2, p) == pytest.approx(1 / 6, abs=.02)
+    y, p, _ = case(1, 50)
+    edges = np.linspace(0, 1, 11); edges[-1] = 1.1
+    naive = sum(abs(y[b].mean() - p[b].mean()) * b.sum() / 50 for lo, hi in zip(edges, edges[1:]) if (b := (p >= lo - 1e-12) & (p < hi - 1e-12)).any())
+    assert calibration_error(y, p) == pytest.approx(naive, abs=.02)
+
+def test_tables():
+    assert mean_sd([.9, .92]) == '0.910 ± 0.014' and mean_sd([.5]) == '0.500' and mean_sd([None, None]) == 'undefined'
+    r = pd.DataFrame([{f'test_{k}{s}': .5 for k in METRICS for s in ('', '_at_validation_threshold')}] * 2)
+    assert tabulate(r).loc['f1'].tolist() == ['0.500 ± 0.000'] * 2
+
+
+# Loading
+
+def test_loader_in_order_is_complete(tiny):
+    batches = list(make_loader(tiny, 'test', 16))
+    assert [len(y) for _, y in batches] == [16, 16, 8]
+    assert np.array_equal(torch.cat([x for x, _ in batches]).numpy(), tiny.pixels[tiny.rows('test')]) and np.array_equal(torch.cat([y for _, y in batches]).numpy(), tiny.labels[tiny.rows('test')])
+
+def test_loader_shuffles_by_seed_and_epoch(tiny):
+    def order(loader, epoch): loader.sampler.set_epoch(epoch); return list(loader.sampler)
+    loader = make_loader(tiny, 'train', 32, shuffle_seed=1)
+    a, b = order(loader, 0), order(loader, 1)
+    assert sorted(a) == sorted(b) == list(range(120)) and a != b and order(make_loader(tiny, 'train', 32, shuffle_seed=1), 1) == b != order(make_loader(tiny, 'train', 32, shuffle_seed=2), 1)
+    assert [len(y) for _, y in loader] == [32, 32, 32]
+    with pytest.raises(ValueError, match='batch_size=121: there are only 120 training images'): make_loader(tiny, 'train', 121, shuffle_seed=0)
+
+def test_pixels_come_as_they_are(tiny, tmp_path):
+    np.save(tmp_path/'p.npy', tiny.pixels)
+    mapped = Dataset(tiny.index, np.load(tmp_path/'p.npy', mmap_mode='r'), tiny.source)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        x, y = next(iter(make_loader(mapped, 'validation', 8)))
+        p = predict(SmallCNN(), mapped.pixels[:20])
+    assert x.dtype == torch.uint8 and y.dtype == torch.int64 and x.shape == (8, 1, 32, 32) and p.shape == (20,)
+    assert len(Pixels(mapped, mapped.rows('train'))) == 120
+
+def test_predict_in_batches_leaves_the_mode(tiny):
+    torch.manual_seed(0)
+    m = SmallCNN()
+    p = predict(m, tiny.pixels, 7)
+    assert m.training and p.shape == (200,) and p.dtype == np.float64 and ((p >= 0) & (p <= 1)).all() and np.allclose(p, predict(m.eval(), tiny.pixels), atol=1e-6) and not m.training
+    with torch.no_grad(): direct = m(torch.from_numpy(tiny.pixels).float() / 255).softmax(1)[:, 1].numpy()
+    assert np.allclose(p, direct, atol=1e-5)
+
+
+# Training
+
+SETTINGS = dict(epochs=3, batch_size=30, lr=5e-3, weight_decay=1e-2)
+PARAMS = SETTINGS | dict(model='small', seeds=1, seed=4)
+
+def network(seed=4): torch.manual_seed(seed); return SmallCNN()
+
+def train_once(folder, tiny, seed=4, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    net = network(seed)
+    history = fit(net, tiny, folder, dict(model='small'), seed=seed, **SETTINGS | changes)
+    return net, history
+
+def step_for(folder, name='03_train', **changes):
+    data = Step(folder, '00_data', dict(image_size=32, aspect='stretch', val_fraction=.15, seed=0, groups='names') | changes)
+    data.record(dataset=dict(fingerprint='f' * 64, kind='phantom'))
+    return Step(folder, name, {})
+
+class Stop(Callback):
+    "Breaks off at the start of an epoch, as a fault or Ctrl-C would."
+    def __init__(self, epoch, how): self.epoch, self.how = epoch, how
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.epoch: raise self.how
+
+class Epochs(Callback):
+    "Which epochs were trained."
+    def __init__(self): self.seen = []
+    def on_train_epoch_start(self, trainer, module): self.seen.append(trainer.current_epoch)
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+    "An uninterrupted training, with augmentation."
+    folder = tmp_path_factory.mktemp('whole')
+    net, history = train_once(folder, tiny, augment=Augment())
+    return folder, predict(net, tiny.pixels), history
+
+def test_what_a_training_leaves(whole):
+    folder, p, history = whole
+    assert sorted(f.name for f in folder.iterdir()) == ['log.csv', 'model.safetensors']
+    assert set(history) == {'epoch', 'train_loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'val_auroc'} and list(history.epoch) == [0, 1, 2] and history.notna().all(axis=None)
+    log = pd.read_csv(folder/'log.csv')
+    assert np.allclose(log[list(history)], history) and log.val_accuracy.between(0, 1).all()
+
+def test_log_says_what_scikit_learn_says_of_the_kept_epoch(whole, tiny):
+    folder, p, history = whole
+    kept, rows = history.loc[history.val_auroc.idxmax()], tiny.rows('validation')
+    assert kept.val_auroc == pytest.approx(sk.roc_auc_score(tiny.labels[rows], p[rows]), abs=1e-5) and kept.val_accuracy == pytest.approx(((p[rows] >= .5) == tiny.labels[rows]).mean(), abs=1e-5)
+
+def test_the_kept_epoch_is_the_one_with_the_highest_validation_auroc(tiny, tmp_path):
+    "Something ruins later epochs: the file holds an earlier one."
+    class Ruin(Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch >= 2:
+                with torch.no_grad(): module.network.head.weight.mul_(-50)
+    class Keep(Callback):
+        weights = {}  # what was validated, averaged or not
+        def on_validation_batch_end(self, trainer, module, *a): self.weights[trainer.current_epoch] = {k: v.clone() for k, v in module.network.state_dict().items()}
+    keep = Keep()
+    net, history = train_once(tmp_path, tiny, epochs=4, callbacks=[Ruin(), keep])
+    best = int(history.val_auroc.idxmax())
+    loaded, info = load_model(tmp_path/'model.safetensors')
+    assert info['best_epoch'] == best < 3 and history.val_auroc.nunique() > 1
+    for k, v in loaded.state_dict().items(): assert torch.equal(v, keep.weights[best][k]) and torch.equal(v, net.state_dict()[k]), k
+    assert any(not torch.equal(v, keep.weights[3][k]) for k, v in loaded.state_dict().items())
+
+def test_early_stop(tiny, tmp_path):
+    _, history = train_once(tmp_path, tiny, epochs=12, lr=1e-9, patience=1, callbacks=[type('Worse', (Callback,), dict(on_train_epoch_end=lambda self, t, m: m.network.head.bias.data.add_(torch.tensor([1., -1.]))))()])
+    assert 2 <= len(history) < 12
+
+@pytest.mark.parametrize('batch_size', [120, 60, 40, 30, 24])
+def test_very_short_trainings(tiny, tmp_path, batch_size):
+    "One epoch of one to five steps."
+    _, history = train_once(tmp_path, tiny, epochs=1, batch_size=batch_size)
+    assert len(history) == 1 and np.isfinite(history.val_loss).all()
+
+def test_training_learns(tiny, tmp_path):
+    net, _ = train_once(tmp_path, tiny, epochs=8, lr=1e-2)
+    rows = tiny.rows('test')
+    assert score(tiny.labels[rows], predict(net, tiny.pixels[rows]))['auroc'] > .8
+
+def test_augmentation_is_for_training_only(tiny, tmp_path):
+    seen = []
+    class Spy(torch.nn.Module):
+        def forward(self, x): seen.append((len(x), x.dtype, x.min().item() >= 0 and x.max().item() <= 1)); return x
+    train_once(tmp_path, tiny, epochs=1, batch_size=20, augment=Spy())
+    assert seen == [(20, torch.float32, True)] * 6
+
+@pytest.mark.parametrize('at', [1, 2])
+def test_a_failed_training_continues_to_the_same_bytes(whole, tiny, tmp_path, at):
+    with pytest.raises(RuntimeError, match='power'): train_once(tmp_path, tiny, augment=Augment(), callbacks=[Stop(at, RuntimeError('power'))])
+    assert (tmp_path/'checkpoints'/'last.ckpt').exists() and not (tmp_path/'model.safetensors').exists() and not (tmp_path/'log.csv').exists()
+    torch.manual_seed(99)
+    net, history = train_once(tmp_path, tiny, seed=4, augment=Augment(), callbacks=[epochs := Epochs()])
+    assert epochs.seen == list(range(at, 3)), 'only what was missing'
+    assert np.array_equal(predict(net, tiny.pixels), whole[1])
+    for k, v in load_model(tmp_path/'model.safetensors')[0].state_dict().items(): assert torch.equal(v, load_model(whole[0]/'model.safetensors')[0].state_dict()[k]), k
+    assert (tmp_path/'log.csv').read_text() == (whole[0]/'log.csv').read_text(), 'the log holds all epochs'
+
+def test_an_interrupted_training_continues_to_the_same_bytes(whole, tiny, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt): train_once(tmp_path, tiny, augment=Augment(), callbacks=[Stop(2, KeyboardInterrupt())])
+        assert signal.getsignal(signal.SIGINT) == before, 'Ctrl-C works afterwards'
+    finally: signal.signal(signal.SIGINT, before)
+    net, _ = train_once(tmp_path, tiny, augment=Augment(), callbacks=[epochs := Epochs()])
+    assert epochs.seen == [2] and np.array_equal(predict(net, tiny.pixels), whole[1])
+
+def test_stopped_by_the_end_of_the_first_epoch(whole, tiny, tmp_path):
+    "Before there is any checkpoint: starts over."
+    with pytest.raises(RuntimeError): train_once(tmp_path, tiny, augment=Augment(), callbacks=[Stop(0, RuntimeError('power'))])
+    net, _ = train_once(tmp_path, tiny, augment=Augment())
+    assert np.array_equal(predict(net, tiny.pixels), whole[1])
+
+def test_a_training_says_nothing_on_stderr(tiny, tmp_path, capfd):
+    train_once(tmp_path/'a', tiny)
+    with pytest.raises(RuntimeError): train_once(tmp_path/'b', tiny, callbacks=[Stop(1, RuntimeError('power'))])
+    train_once(tmp_path/'b', tiny)
+    assert capfd.readouterr().err == ''
+
+
+# Experiments
+
+@pytest.fixture
+def counted(monkeypatch):
+    "How often something is trained."
+    calls = []
+    monkeypatch.setattr(train, 'fit', lambda *a, **k: (calls.append(k['seed']), fit(*a, **k))[1])
+    return calls
+
+QUICK = PARAMS | dict(epochs=1, batch_size=20)
+
+def test_experiment_leaves_what_the_contract_says(tiny, tmp_path, counted):
+    step = step_for(tmp_path/'run')
+    results = run_experiment(step, tiny, 'baseline', QUICK | dict(seeds=2))
+    assert counted == [4, 5] and list(results.seed) == [4, 5] and (results.experiment == 'baseline').all()
+    for row in results.itertuples():
+        folder = step.dir/f'seed_{row.seed}'
+        assert sorted(p.name for p in folder.iterdir()) == ['log.csv', 'metrics.json', 'model.safetensors', 'predictions.csv', 'recipe.json']
+        p, m = read_predictions(folder/'predictions.csv'), read_metrics(folder/'metrics.json')
+        assert len(p) == 200 and dict(zip(p.path, p.label)) == dict(zip(tiny.index.path, tiny.labels)) and m['n'] == 40
+        t, v = p[p.split == 'test'], p[p.split == 'validation']
+        assert m['threshold'] == choose_threshold(v.label, v.probability)
+        for suffix, at in (('', .5), ('_at_validation_threshold', m['threshold'])):
+            for k, value in score(t.label, t.probability, at).items(): assert m[f'test_{k}{suffix}'] == value
+        for k, (low, high) in intervals(t).items(): assert np.isnan(low) and f'test_{k}_low' not in m or (m[f'test_{k}_low'], m[f'test_{k}_high']) == (low, high)
+        net, info = load_model(folder/'model.safetensors')
+        assert np.allclose(predict(net, tiny.pixels), p.set_index('path').probability[tiny.index.path], atol=1e-6)
+        assert info['threshold'] == m['threshold'] and info['image_size'] == 32 and info['trained_on'] == 'phantom' and info['recipe'] == read_json(folder/'recipe.json')
+    assert len(read_histories(step.dir)) == 2 and set(read_histories(step.dir).seed) == {4, 5}
+    assert (read_predictions(step.dir/'seed_4/predictions.csv').probability != read_predictions(step.dir/'seed_5/predictions.csv').probability).any()
+
+def test_same_seed_same_bytes(tiny, tmp_path):
+    for name in 'ab':
+        torch.manual_seed(hash(name) % 1000); np.random.seed(len(name))
+        run_experiment(step_for(tmp_path/name), tiny, 'augmented', PARAMS, Augment())
+    for file in ('predictions.csv', 'log.csv', 'metrics.json'): assert (tmp_path/'a/03_train/seed_4'/file).read_bytes() == (tmp_path/'b/03_train/seed_4'/file).read_bytes(), file
+
+def test_complete_seeds_are_kept_and_other_recipes_are_not(tiny, tmp_path, counted):
+    step = step_for(tmp_path/'run')
+    def again(experiment='x', data_changes=(), augment=None, **changes):
+        counted.clear()
+        run_experiment(step_for(tmp_path/'run', **dict(data_changes)), tiny, experiment, QUICK | changes, augment)
+        return list(counted)
+    assert again() == [4] and again() == []
+    before = (step.dir/'seed_4/model.safetensors').read_bytes()
+    assert again(seeds=2) == [5] and (step.dir/'seed_4/model.safetensors').read_bytes() == before
+    assert again(lr=6e-3) == [4] and (step.dir/'seed_4/model.safetensors').read_bytes() != before
+    assert again() == [4] and again(augment=Augment()) == [4] and again(augment=Augment(2.)) == [4] and again() == [4]
+    assert again(data_changes={'val_fraction': .2}) == [4] and again(data_changes={'val_fraction': .2}) == []
+    (step.dir/'seed_4/metrics.json').unlink()
+    assert again(data_changes={'val_fraction': .2}) == [4], 'metrics.json marks a seed as complete'
+
+def test_other_patients_are_another_recipe(tiny, tmp_path, counted):
+    "Other groups make another validation split of the same images."
+    run_experiment(step_for(tmp_path/'run'), tiny, 'x', QUICK)
+    run_experiment(step_for(tmp_path/'run', groups='image'), tiny, 'x', QUICK)
+    assert counted == [4, 4]
+
+def test_an_interrupted_experiment_continues(tiny, tmp_path, monkeypatch):
+    "The second seed fails in its second epoch; the same call finishes it, and every file is as if nothing had happened."
+    params = PARAMS | dict(seeds=2)
+    run_experiment(step_for(tmp_path/'a'), tiny, 'x', params, Augment())
+    trained = []
+    def failing(*a, **k):
+        trained.append(k['seed'])
+        return fit(*a, **k, callbacks=[Stop(1, RuntimeError('power'))] if k['seed'] == 5 else [])
+    with monkeypatch.context() as m:
+        m.setattr(train, 'fit', failing)
+        with pytest.raises(RuntimeError, match='power'): run_experiment(step_for(tmp_path/'b'), tiny, 'x', params, Augment())
+    assert trained == [4, 5] and (tmp_path/'b/03_train/seed_4/metrics.json').exists() and not (tmp_path/'b/03_train/seed_5/metrics.json').exists()
+    run_experiment(step_for(tmp_path/'b'), tiny, 'x', params, Augment())
+    for seed in (4, 5):
+        for file in ('predictions.csv', 'metrics.json', 'log.csv'): assert (tmp_path/f'a/03_train/seed_{seed}'/file).read_bytes() == (tmp_path/f'b/03_train/seed_{seed}'/file).read_bytes(), (seed, file)
+    assert not list((tmp_path/'b').rglob('*.ckpt'))
+
+def test_histories_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no seed_./log.csv in'): read_histories(tmp_path)
