@@ -1,0 +1,203 @@
+"The lessons as a whole: who imports whom, parameter cells, what is committed, and the study from end to end."
+import ast, base64, json, os, re, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from cxr_lab.pipeline import notebook_parameters
+from cxr_lab.report import score
+from cxr_lab.runs import read_json, read_metrics, read_predictions
+
+REPO = Path(__file__).resolve().parent.parent
+LESSONS = sorted((REPO/'nbs').glob('[0-9][0-9]_*.ipynb'))
+NOTEBOOKS = sorted(p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+LAB = sorted(p.stem for p in (REPO/'nbs'/'lab').glob('*.ipynb'))
+NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
+FOUNDATION = ['00_data', '01_explore', '02_model', '03_train', '04_augment', '05_compare']
+
+def named(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
+def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+
+
+# Imports
+
+def imported(source):
+    "Modules of cxr_lab that a source imports, with and without the dot."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or '').split('.')[0] == 'cxr_lab'):
+            inside = (node.module or '').removeprefix('cxr_lab').strip('.')
+            found |= {inside.split('.')[0]} if inside else {a.name for a in node.names}
+        if isinstance(node, ast.Import): found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('cxr_lab.')}
+    return found - {'__version__'}
+
+def test_imports_are_read_right():
+    assert imported('from .data import x\nfrom . import model, __version__\nimport cxr_lab.train as t\nfrom cxr_lab.runs import y\nfrom cxr_lab import phantom\nimport os') == {'data', 'model', 'train', 'runs', 'phantom'}
+
+@pytest.mark.parametrize('name', sorted(NUMBER))
+def test_a_lesson_imports_only_earlier_lessons_and_the_basics(name):
+    module = REPO/'cxr_lab'/f'{name}.py'
+    if not module.exists(): pytest.skip(f'lesson {name} exports nothing')
+    for other in imported(module.read_text()): assert other in ('runs', 'phantom') or NUMBER[other] < NUMBER[name], f'{name} imports {other}'
+
+@pytest.mark.parametrize('name', ['runs', 'phantom'])
+def test_the_basics_import_no_lesson(name): assert not imported((REPO/'cxr_lab'/f'{name}.py').read_text()) & set(NUMBER)
+
+@named(LESSONS)
+def test_cells_import_only_what_came_before(path):
+    source = '\n'.join(c.source for c in code_cells(path) if not re.search(r'^\s*[%!]', c.source, re.M))
+    for other in imported(source): assert other in LAB or NUMBER[other] < int(path.stem[:2]), f'{path.stem} imports {other}'
+
+def test_everything_imports_without_the_development_tools_and_without_tensorflow():
+    code = """
+import importlib, pkgutil, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('nbdev', 'fastcore', 'execnb', 'pytest', 'smalldocs'): raise ModuleNotFoundError(f'blocked: {name}', name=name)
+sys.meta_path.insert(0, Block())
+try: import fastcore
+except ModuleNotFoundError: pass
+else: raise SystemExit('the block does not block')
+import cxr_lab
+names = [m.name for m in pkgutil.iter_modules(cxr_lab.__path__) if not m.name.startswith('_')]
+for name in names: importlib.import_module(f'cxr_lab.{name}')
+print(*[m for m in ('tensorflow', 'keras') if m in sys.modules], *names)
+"""
+    done = subprocess.run([sys.executable, '-W', 'error::SyntaxWarning', '-c', code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == sorted(p.stem for p in (REPO/'cxr_lab').glob('*.py') if not p.stem.startswith('_')) and done.stderr == ''
+
+
+# Form
+
+@named(LESSONS)
+def test_title_and_subtitle(path):
+    first = nbformat.read(path, 4).cells[0]
+    assert first.cell_type == 'markdown' and re.match(r'# \S.*\n\n?> \S[^\n]*\n?(\n|$)', first.source.strip())
+
+@named(LESSONS)
+def test_one_parameter_cell_of_a_few_literals(path):
+    cells = [c for c in code_cells(path) if 'parameters' in c.metadata.get('tags', [])]
+    assert len(cells) == 1
+    lines = cells[0].source.strip().splitlines()
+    assert 1 <= len(lines) <= 8 and lines[0].startswith("run_dir: str = 'runs/")
+    for line in lines:
+        assert re.fullmatch(r'\w+: (str|int|float|bool) = .+?  # .+', re.sub(r' +#', '  #', line)), line
+        node, = ast.parse(line).body
+        value = ast.literal_eval(node.value)
+        assert type(value).__name__ == node.annotation.id, line
+        assert not (isinstance(value, str) and Path(value).is_absolute()), line
+    assert {k.name for k in notebook_parameters(path).values() if k.help} == {line.split(':')[0] for line in lines}
+
+@named(LESSONS)
+def test_every_parameter_is_used_and_noted_in_the_run(path):
+    names = list(notebook_parameters(path))
+    rest = [c.source for c in code_cells(path) if 'parameters' not in c.metadata.get('tags', [])]
+    step = next(s for s in rest if 'Step(run_dir' in s)
+    for name in names: assert re.search(rf'\b{name}\b', step), f'{name} is not handed to Step'
+
+ABSOLUTE = re.compile(r'(?<![\w.:/<-])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private|scratch)/|[A-Z]:\\\\?(?:Users|Temp)')
+
+def texts(output):
+    if output.output_type == 'stream': yield output.text
+    for kind, value in output.get('data', {}).items():
+        if not kind.startswith('image/') or kind == 'image/svg+xml': yield value if isinstance(value, str) else json.dumps(value)
+
+@named(NOTEBOOKS)
+def test_what_is_committed_is_fit_to_be_read(path):
+    assert path.stat().st_size < 1_500_000
+    nb = nbformat.read(path, 4)
+    nbformat.validate(nb)
+    assert len({c.id for c in nb.cells}) == len(nb.cells)
+    for cell in nb.cells:
+        assert not ABSOLUTE.search(cell.source), cell.source[:200]
+        for output in cell.get('outputs', []):
+            assert output.output_type != 'error', output.ename
+            assert not (output.output_type == 'stream' and output.name == 'stderr'), output.text[:200]
+            for text in texts(output):
+                assert not ABSOLUTE.search(text), ABSOLUTE.search(text)[0]
+            png = output.get('data', {}).get('image/png')
+            if png: assert base64.b64decode(png).startswith(b'\x89PNG')
+
+@named(sorted((REPO/'cxr_lab').glob('*.py')))
+def test_modules_are_what_the_notebooks_export(path):
+    source = path.read_text()
+    if path.stem.startswith('_'): return
+    assert 'AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/' in source
+    notebook = REPO/'nbs'/re.search(r'File to edit: \.\./nbs/(\S+\.ipynb)', source)[1]
+    exported = [re.sub(r'\A(#\|.*\n)+', '', c.source).strip() for c in code_cells(notebook) if re.match(r'#\|\s*export', c.source)]
+    squeezed = re.sub(r'\s+', '', re.sub(r'(?m)^# %%.*$', '', source)).replace('fromcxr_lab.', 'from.')
+    for cell in exported:
+        if cell.startswith(('import ', 'from ')): continue  # the export makes imports relative
+        assert re.sub(r'\s+', '', cell).replace('fromcxr_lab.', 'from.') in squeezed, f'run nbdev_export: {cell[:100]}'
+
+
+# The study from end to end
+
+def cli(*args, cwd, **env):
+    "`cxr-lab` in a process of its own."
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get('PYTHONPATH')]))
+    return subprocess.run([sys.executable, '-c', 'from cxr_lab.cli import main; main()', *args], cwd=cwd, env=os.environ | {'PYTHONPATH': path} | env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+def check_run(run, kind, seeds, ablation=True):
+    "Everything that a complete run of lessons 00 to 05 holds, and that it agrees with itself."
+    results, info = read_json(run/'results.json'), read_json(run/'run.json')
+    assert info['dataset']['kind'] == kind and set(info['parameters']) == set(FOUNDATION)
+    for name in FOUNDATION:
+        assert (run/name/'metrics.json').is_file() and (run/name/'status.json').is_file() and not list((run/name).glob('*.partial.ipynb')), name
+        read_metrics(run/name/'metrics.json')
+        nb = nbformat.read(run/name/f'{name}.ipynb', 4)
+        for cell in nb.cells:
+            for output in cell.get('outputs', []):
+                assert output.output_type != 'error' and not (output.output_type == 'stream' and output.name == 'stderr'), f'{name}: {output.get("text", "")[:300]}'
+                for text in texts(output): assert not ABSOLUTE.search(text), f'{name}: {text[:300]}'
+    images = read_metrics(run/'00_data'/'metrics.json')
+    experiments = {'baseline': '03_train', 'augmented': '04_augment'} | ({'geometric': '04_augment/geometric', 'photometric': '04_augment/photometric'} if ablation else {})
+    rows = {(r['experiment'], r['seed'], r['threshold_rule']): r for r in results['rows']}
+    assert set(rows) == {(e, s, rule) for e in experiments for s in seeds for rule in ('0.5', 'validation')} and len(rows) == len(results['rows'])
+    paths = None
+    for experiment, place in experiments.items():
+        for s in seeds:
+            folder = run/place/f'seed_{s}'
+            p, m = read_predictions(folder/'predictions.csv'), read_metrics(folder/'metrics.json')
+            assert len(p) == images['n_images'] and (paths is None or list(p.path) == paths) and p.groupby('patient').split.nunique().max() == 1
+            paths = list(p.path)
+            t = p[p.split == 'test']
+            assert len(t) == m['n'] == images['n_test'] and (folder/'model.safetensors').is_file() and (folder/'log.csv').is_file() and not list(folder.rglob('*.ckpt'))
+            for rule, threshold in (('0.5', .5), ('validation', m['threshold'])):
+                row = rows[experiment, s, rule]
+                assert row['threshold'] == threshold and row['n'] == len(t)
+                for k, v in score(t.label, t.probability, threshold).items(): assert row[k] is v is None or row[k] == pytest.approx(v, abs=1e-6), (experiment, s, rule, k)
+    for notebook in ('03_train', '04_augment'): assert (run/notebook/'predictions.csv').read_bytes() == (run/notebook/f'seed_{seeds[0]}'/'predictions.csv').read_bytes()
+    compare = read_metrics(run/'05_compare'/'metrics.json')
+    for k in ('f1', 'accuracy', 'auroc'):
+        for letter, experiment in (('a', 'baseline'), ('b', 'augmented')): assert compare[f'{k}_{letter}'] == pytest.approx(np.mean([rows[experiment, s, '0.5'][k] for s in seeds]), abs=1e-6)
+    return results
+
+@pytest.mark.integration
+def test_the_quick_study_on_phantoms(tmp_path):
+    "`cxr-lab run --quick` in an empty folder: complete, consistent, silent; and nothing runs again with --resume."
+    done = cli('run', *FOUNDATION, '--quick', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.sub(r'\d+_\w+ \(\d/6\): done in \d+ s\n', '', done.stderr) == '', done.stderr
+    run = tmp_path/'runs'/'default'
+    results = check_run(run, 'phantom', [0], ablation=(run/'04_augment'/'geometric').is_dir())
+    assert 'Computed on generated phantoms, not on patients.' in done.stdout and results['provenance']['data'] == 'phantom' and results['provenance']['outdated'] == []
+    assert not list(tmp_path.rglob('lightning_logs')) and sorted(p.name for p in tmp_path.iterdir()) == ['runs']
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
+    again = cli('run', *FOUNDATION, '--quick', '--resume', cwd=tmp_path)
+    assert again.returncode == 0 and [line.split(': ')[1] for line in again.stderr.splitlines() if '/6)' in line] == ['complete'] * 6, again.stderr
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
+    table = cli('table', 'runs/default', cwd=tmp_path)
+    assert table.returncode == 0 and 'augmented' in table.stdout and 'baseline' in table.stdout
+
+@pytest.mark.slow
+def test_the_study_on_real_images(tmp_path, real_data):
+    "One seed of the whole: better than the course with augmentation (accuracy .8542, F1 .8918), and AUROC above .95."
+    done = cli('run', *FOUNDATION, '--data', 'kermany', '-p', 'seeds=1', cwd=tmp_path, CXR_LAB_DATA=str(real_data))
+    assert done.returncode == 0, done.stderr
+    rows = check_run(tmp_path/'runs'/'default', 'kermany', [0])['rows']
+    row = next(r for r in rows if r['experiment'] == 'augmented' and r['threshold_rule'] == '0.5')
+    assert row['n'] == 624 and row['accuracy'] > .8542 and row['f1'] > .8918 and row['auroc'] > .95
