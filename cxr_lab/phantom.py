@@ -8,7 +8,7 @@ __all__ = ['Z', 'SUBTYPES', 'LUNG_MM', 'SPLITS', 'CLASSES', 'attenuation', 'prof
            'optical_depth', 'Disease', 'sample_disease', 'opacity', 'fluid', 'expose', 'Exposure', 'sample_exposure',
            'display', 'Phantom', 'render', 'make_phantom', 'mosaic', 'write_phantoms']
 
-# %% ../nbs/lab/phantom.ipynb #89786f0a
+# %% ../nbs/lab/phantom.ipynb #5576eacc
 import csv, math, os, shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 from .runs import atomic_path, progress, read_json, write_json
 
@@ -36,18 +35,20 @@ def attenuation(
     mu = {tissue: between(m)*_DENSITY[tissue] / 10 for tissue, m in _MASS_ATTENUATION.items()}
     return {**mu, 'spongy': (1 - _CORTICAL_SHARE)*mu['soft'] + _CORTICAL_SHARE*mu['cortical']}
 
-# %% ../nbs/lab/phantom.ipynb #f4e7b5d7
+# %% ../nbs/lab/phantom.ipynb #9a2a1694
 Z = np.arange(-230, 310, .2, dtype=np.float32)  # heights at which profiles are tabulated, mm
 
 def _row(z): return np.clip((z - Z[0]) * 5 + .5, 0, len(Z) - 1).astype(np.int32)
 
+def _round(lines, n): return cv2.blur(cv2.blur(lines, (n, 1)), (n, 1))  # (R,N) or (R,N,3): a moving average of n samples, twice
+
 def profile(
     *knots: tuple[float, float],  # (height in mm, value), heights rising
 ) -> np.ndarray:                  # (len(Z),) float32
-    "A smooth monotone-between-knots curve through `knots`, constant outside of them."
+    "Straight lines between `knots` with their corners rounded over 12 mm up and down; constant outside of them."
     z, v = np.array(knots, np.float64).T
     if not (np.diff(z) > 0).all(): raise ValueError(f'heights of the knots must rise, found {z.tolist()}')
-    return PchipInterpolator(z, v)(np.clip(Z, z[0], z[-1])).astype(np.float32)
+    return _round(np.interp(Z, z, v).astype(np.float32)[None], 61)[0]
 
 # %% ../nbs/lab/phantom.ipynb #f79ba393
 @dataclass
@@ -129,7 +130,7 @@ def covered(
     both = meet(span, others[0])
     return length(both) + covered(span, others[1:]) - covered(both, others[1:])
 
-# %% ../nbs/lab/phantom.ipynb #69e27dfd
+# %% ../nbs/lab/phantom.ipynb #035bd693
 @dataclass
 class Tubes:
     "Curved tubes with an elliptic section, hollow if they have a cortex."
@@ -152,7 +153,7 @@ class Tubes:
         along = np.gradient(curve, axis=1); ds = np.linalg.norm(along, axis=-1, keepdims=True); along /= ds + 1e-9
         up = np.eye(3, dtype=np.float32)[0 if self.upright else 2]
         across = up - (along @ up)[..., None]*along; across /= np.linalg.norm(across, axis=-1, keepdims=True) + 1e-9
-        bands = max(4, math.ceil(2*self.high.max() / step))        # the section in slices of equal height ...
+        bands = max(4, math.ceil(1.5*self.high.max() / step))      # the section in slices of equal height ...
         s = ((np.arange(bands, dtype=np.float32) + .5) / bands*2 - 1)
         chord = 2*deep[..., None]*np.sqrt(1 - s*s)                 # ... and their depth, (R,n,bands)
         scatter = ((np.arange(n)[:, None]*.618034 + np.arange(bands)*.754878) % 1 - .5).astype(np.float32)  # fills the depth evenly
@@ -165,7 +166,7 @@ class Tubes:
         area = 2*high[..., None] / bands*ds
         return points.reshape(-1, 3), (area*(chord - core)).ravel(), (area*core).ravel()
 
-# %% ../nbs/lab/phantom.ipynb #d36c7874
+# %% ../nbs/lab/phantom.ipynb #bc9fa2c9
 def splat(
     view: View,
     points,    # (N,3) float32, mm
@@ -174,8 +175,8 @@ def splat(
     "Drops pieces of volume onto the pixels they lie over, shared linearly among the four nearest."
     n = view.size; col, row = view.pixels(points)
     seen = np.flatnonzero((col >= 0) & (col < n - 1) & (row >= 0) & (row < n - 1))
-    col, row = col[seen], row[seen]; j, i = col.astype(np.int32), row.astype(np.int32)
-    f, g = col - j, row - i; k = i*n + j
+    col, row = col[seen], row[seen]; j, i = col.astype(np.intp), row.astype(np.intp)
+    f, g = (col - j).astype(np.float32), (row - i).astype(np.float32); k = i*n + j
     corners = [(k, 1 - f - g + f*g), (k + 1, f - f*g), (k + n, g - f*g), (k + n + 1, f*g)]
     total = (sum(np.bincount(at, v[seen]*share, n*n) for at, share in corners) for v in volumes)
     return [(t.reshape(n, n) / (view.pixel**2*view.squeeze)).astype(np.float32) for t in total]
@@ -283,11 +284,12 @@ def _gas(b, rng):
     stomach = Ellipsoid((_near(rng, 38, 6), 16, u(-28, -16)), (u(9, 22), u(8, 20), u(6, 11)), rng.normal(0, 12))
     return [stomach]*(rng.uniform() < .5) + [bubble() for _ in range(rng.integers(0, 6))]
 
-# %% ../nbs/lab/phantom.ipynb #d872e098
+# %% ../nbs/lab/phantom.ipynb #dcc685ca
 def _line(points, n=128):
-    "Smooth curves through control points: (R,k,3) -> (R,n,3) float32."
-    p = np.asarray(points, np.float64)
-    return PchipInterpolator(np.linspace(0, 1, p.shape[1]), p, axis=1)(np.linspace(0, 1, n)).astype(np.float32)
+    "Curves along control points, corners rounded: (R,k,3) -> (R,n,3) float32."
+    p = np.asarray(points, np.float32); k, pad = p.shape[1], 24   # lengthened, so that rounding leaves the ends where they are
+    t = np.arange(-pad, n + pad)*(k - 1) / (n - 1); i = np.clip(t.astype(int), 0, k - 2)
+    return _round(p[:, i] + (p[:, i + 1] - p[:, i])*(t - i).astype(np.float32)[:, None], 25)[:, pad:-pad]
 
 def _tubes(curve, radius, flat=1., **kwargs):
     high = np.broadcast_to(np.float32(radius), curve.shape[:2])
@@ -417,8 +419,14 @@ def sample_patient(
     return Anatomy(b, _lungs(b, rng), _mediastinum(b, rng), _domes(b, rng), _trunk(b, rng), limbs, _gas(b, rng), bones, _plates(b, arms),
                    _spine(b, rng, spacing), hila, _airways(b, rng), _vessels(b, rng, hila), _noise(rng, 6, 18, 48))
 
-# %% ../nbs/lab/phantom.ipynb #1ef1e72c
+# %% ../nbs/lab/phantom.ipynb #01615b68
 def _blur(image, sigma): return cv2.GaussianBlur(image, (0, 0), max(float(sigma), .1))
+
+def _wide_blur(image, sigma, by):
+    "A blur so wide that it can be done on an image `by` times smaller."
+    h, w = image.shape
+    small = cv2.resize(image, (max(w // by, 1), max(h // by, 1)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(_blur(small, sigma / by), (w, h), interpolation=cv2.INTER_CUBIC)
 
 def trace(
     anatomy: Anatomy,
@@ -510,7 +518,7 @@ def fluid(
     "What the disease adds to the optical depth: soft tissue instead of lung along a share of the lung's path."
     return share*paths['lung']*(mu['soft'] - lung_density*mu['lung'])
 
-# %% ../nbs/lab/phantom.ipynb #8dcf9608
+# %% ../nbs/lab/phantom.ipynb #9fb7a90c
 def expose(
     tau: np.ndarray,          # (H,W) float32 optical depth
     pixel: float,             # mm
@@ -523,12 +531,11 @@ def expose(
     signal = np.exp(-tau)
     if blur: signal = _blur(signal, blur / pixel)
     if scatter:
-        h, w = signal.shape; small = cv2.resize(signal*(1 - signal), (max(w // 8, 1), max(h // 8, 1)), interpolation=cv2.INTER_AREA)
-        signal = signal + scatter*np.maximum(cv2.resize(_blur(small, 26 / (8*pixel)), (w, h), interpolation=cv2.INTER_CUBIC), 0)
+        signal = signal + scatter*np.maximum(_wide_blur(signal*(1 - signal), 26 / pixel, 8), 0)
     if photons: signal = rng.poisson(signal*(photons*pixel**2)).astype(np.float32) / np.float32(photons*pixel**2)
     return signal
 
-# %% ../nbs/lab/phantom.ipynb #03d128af
+# %% ../nbs/lab/phantom.ipynb #2845e3ea
 @dataclass
 class Exposure:
     "Technique of one exposure and taste of the display."
@@ -561,7 +568,7 @@ def display(
 ) -> np.ndarray:         # (H,W) uint8, air dark and bone bright
     "Logarithm, sharpening and window."
     d = -np.log(np.maximum(signal, 1e-4))
-    d += e.edges*(d - _blur(d, 3 / pixel)) + e.detail*(d - _blur(d, 14 / pixel))
+    d += e.edges*(d - _blur(d, 3 / pixel)) + e.detail*(d - _wide_blur(d, 14 / pixel, 4))
     low, high = (float(q) for q in np.percentile(d[::4, ::4][body[::4, ::4]], [3, 98.5]))
     low, high = low - e.low*(high - low), high + e.high*(high - low)
     return (np.clip((d - low) / (high - low), 0, 1)**e.gamma*e.white + .5).astype(np.uint8)

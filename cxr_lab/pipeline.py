@@ -151,7 +151,7 @@ def _unknown(key, knobs):
 
 # %% ../nbs/lab/pipeline.ipynb #e17e0563
 DATASETS = ('phantom', 'kermany', 'pneumoniamnist')
-QUICK = dict(phantoms=240, epochs=3, seeds=1, n_boot=200)  # where a notebook has the knob and the user did not set it
+QUICK = dict(phantoms=240, epochs=4, batch_size=16, seeds=1, n_boot=200)  # where a notebook has the knob and the user did not set it
 
 def check_data(
     data: str,  # name of a data set, or a folder
