@@ -1,0 +1,30 @@
+"A wheel holds the lessons, and what it installs needs none of the development tools: `python .ci/wheel.py WHEEL`."
+import json, subprocess, sys, tempfile
+from pathlib import Path
+from zipfile import ZipFile
+
+wheel, lessons = Path(sys.argv[1]), sorted(Path('nbs').glob('[0-9][0-9]_*.ipynb'))
+with ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+    held = {name: archive.read(name) for name in archive.namelist() if name.startswith('cxr_lab/notebooks/')}
+    assert set(held) == {f'cxr_lab/notebooks/{path.name}' for path in lessons}, f'the wheel holds {sorted(held)}'
+    for name, text in held.items():
+        assert not any(cell.get('outputs') for cell in json.loads(text)['cells']), f'{name} has outputs'
+    assert not [name for name in archive.namelist() if name.split('/')[0] in ('tests', 'benchmarks', 'nbs')], 'the wheel holds more than the package'
+    archive.extractall(folder)
+    modules = [name[:-3].replace('/', '.') for name in archive.namelist() if name.startswith('cxr_lab/') and name.endswith('.py') and not name.endswith('_modidx.py')]
+    script = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] in ('nbdev', 'execnb', 'fastcore', 'pytest', 'smalldocs'): raise ModuleNotFoundError(name + ' is a development tool')
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, {folder!r})
+for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))
+import cxr_lab
+assert cxr_lab.__file__.startswith({folder!r}), cxr_lab.__file__
+from cxr_lab.pipeline import lessons
+assert len(lessons()) == {len(lessons)}, lessons()
+assert 'tensorflow' not in sys.modules, 'TensorFlow is imported where it is not needed'
+"""
+    subprocess.run([sys.executable, '-I', '-c', script], cwd=folder, check=True)
+print(f'{wheel.name}: {len(held)} lessons, {len(modules)} modules, {wheel.stat().st_size/1e6:.2f} MB')
