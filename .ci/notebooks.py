@@ -4,9 +4,10 @@ from pathlib import Path
 
 import nbformat
 from nbdev.clean import clean_nb
+from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parents[1]
-MACHINE = re.compile(r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|private|scratch)/|0x[0-9a-f]{9,}')
+MACHINE = re.compile(r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|mnt|private|scratch)/')
 
 def _bare(notebook):
     "A notebook without execution counts, sources and texts in one piece."
@@ -20,7 +21,8 @@ def problems(path: Path) -> list[str]:
     text = path.read_text(encoding='utf-8')
     notebook = json.loads(text)
     cleaned = copy.deepcopy(notebook)
-    clean_nb(cleaned, allowed_cell_metadata_keys=['tags'])
+    config = get_config(path=path)
+    clean_nb(cleaned, allowed_cell_metadata_keys=config.allowed_cell_metadata_keys.split(), clean_ids=config.clean_ids)
     found = []
     before, after = _bare(copy.deepcopy(notebook)), _bare(cleaned)
     found += [f'cell {i}: nbdev_clean would change it' for i, (a, b) in enumerate(zip(before.cells, after.cells)) if a != b]

@@ -173,7 +173,8 @@ class Browser:
             kind, p = event.get('method'), event.get('params', {})
             if kind == 'Runtime.exceptionThrown': problems.append(f'{at}: {p["exceptionDetails"]["text"]} {p["exceptionDetails"].get("exception", {}).get("description", "")}')
             if kind == 'Runtime.consoleAPICalled' and p['type'] == 'error': problems.append(f'{at}: console error {p["args"]}')
-            if kind == 'Log.entryAdded' and p['entry']['level'] == 'error' and not p['entry'].get('url', '').startswith('https:'): problems.append(f'{at}: {p["entry"]["text"]} {p["entry"].get("url", "")}')
+            if kind == 'Log.entryAdded' and p['entry']['level'] == 'error' and not p['entry'].get('url', '').startswith('https:') \
+                    and not p['entry'].get('url', '').endswith('/favicon.ico'): problems.append(f'{at}: {p["entry"]["text"]} {p["entry"].get("url", "")}')
         return problems
 
     def screenshot(self, target: Path, whole: bool = True):
