@@ -33,7 +33,7 @@ def load_pair(
             out[f'{name}_{s}'] = p.probability
     return out.reset_index()
 
-# %% ../nbs/05_compare.ipynb #4c9370c7
+# %% ../nbs/05_compare.ipynb #ce50310c
 def paired_differences(
     pair: pd.DataFrame,  # of load_pair
     seeds: list,
@@ -51,7 +51,7 @@ def paired_differences(
         d = mean['b'][k] - mean['a'][k]
         boot = d[1:][~np.isnan(d[1:])]
         if not len(boot): boot = np.array([np.nan])  # undefined in every sample, e.g. precision where nothing is called ill
-        tail = min(np.mean(boot <= 0), np.mean(boot >= 0))
+        tail = min(np.mean(boot <= 1e-12), np.mean(boot >= -1e-12))
         low, high = np.percentile(boot, [2.5, 97.5])
         rows[k] = dict(a=mean['a'][k][0], b=mean['b'][k][0], difference=d[0], low=low, high=high, p=min(1., 2 * max(tail, 1 / (n_boot + 1))) if np.isfinite(low) else np.nan)
     return pd.DataFrame(rows).T

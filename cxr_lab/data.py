@@ -70,7 +70,7 @@ def resume_download(
         raise OSError(f'{url}: the connection ended after {part.stat().st_size:,} of {total:,} bytes; the next try continues there')
     os.replace(part, output_file)
 
-# %% ../nbs/00_data.ipynb #1d325d38
+# %% ../nbs/00_data.ipynb #d2462b5d
 CLASSES = ('NORMAL', 'PNEUMONIA')  # label 0 and 1
 FOLDERS = ('train', 'val', 'test')
 _MEMBER = re.compile(rf'(?:chest_xray/)?({"|".join(FOLDERS)})/({"|".join(CLASSES)})/([^/\\]+\.(?:jpe?g|png))', re.IGNORECASE)
@@ -94,10 +94,10 @@ def unpack_images(
                 key = f'{m[1].lower()}/{m[2].upper()}'
                 counts[key] = counts.get(key, 0) + 1
             if not counts: raise ValueError(f'{archive.name} holds no {{train,test}}/{{NORMAL,PNEUMONIA}}/*.jpeg')
-    except (zipfile.BadZipFile, zlib.error) as e: raise ValueError(f'{archive.name} is damaged ({e}); delete it and fetch it again') from e
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as e: raise ValueError(f'{archive.name} is damaged or locked ({e}); delete it and fetch it again') from e
     return counts
 
-# %% ../nbs/00_data.ipynb #bd85ec3d
+# %% ../nbs/00_data.ipynb #eedda3c6
 def _unpack_array(archive, folder):
     "MedMNIST's `.npz` as PNG files in the layout of the other data."
     with np.load(archive, allow_pickle=False) as arrays, atomic_path(folder) as temporary:
@@ -116,6 +116,7 @@ def fetch(
     images = folder/name
     if images.is_dir(): return images
     folder.mkdir(parents=True, exist_ok=True)
+    pooch.get_logger().setLevel('WARNING')
     try: archive = Path(pooch.retrieve(info['url'], info['checksum'], fname=info['file'], path=folder,
                                        downloader=partial(resume_download, part=folder/f"{info['file']}.part")))
     except requests.RequestException as e:
@@ -124,7 +125,9 @@ def fetch(
     if name == 'pneumoniamnist': _unpack_array(archive, images)
     else: unpack_images(archive, images)
     found = {s: sum(1 for _ in (images/s).rglob('*.*')) if (images/s).is_dir() else 0 for s in FOLDERS}
-    if found != {s: info[s] for s in FOLDERS}: raise ValueError(f"{info['title']}: found {found} images, published are { {s: info[s] for s in FOLDERS} }")
+    if found != (published := {s: info[s] for s in FOLDERS}):
+        shutil.rmtree(images)
+        raise ValueError(f"{info['title']}: found {found} images, published are {published}")
     return images
 
 # %% ../nbs/00_data.ipynb #efb7e84e
@@ -235,7 +238,7 @@ def read_pixels(content: bytes, size: int, aspect: str = 'stretch') -> np.ndarra
     "File content to (1,size,size) uint8; `ValueError` if it is not a readable image."
     return square(open_image(content, at_least=2 * size), size, aspect)
 
-# %% ../nbs/00_data.ipynb #12b524a6
+# %% ../nbs/00_data.ipynb #68196983
 INDEX_COLUMNS = ('path', 'split', 'label', 'patient', 'subtype', 'width', 'height', 'mode', 'bytes', 'sha256')
 
 def _list_files(root):
@@ -248,8 +251,9 @@ def _list_files(root):
     for split in [s for s in FOLDERS if (root/s).is_dir()]:
         unknown = sorted(p.name for p in (root/split).iterdir() if p.is_dir() and p.name not in CLASSES and not p.name.startswith('.'))
         if unknown: raise ValueError(f'{root.name}/{split}/ has unknown class folders {", ".join(unknown)}; the classes are {", ".join(CLASSES)}')
-        files += [p for p in (root/split).rglob('*') if p.is_file()]
-    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+        files += [p for p in (root/split).rglob('*') if p.is_file() or p.is_symlink()]
+    files = {p.relative_to(root): p for p in files}
+    return sorted((r.as_posix(), p) for r, p in files.items() if not any(part.startswith('.') for part in r.parts))  # .DS_Store, .ipynb_checkpoints
 
 def _inspect(item):
     "One row of the index, or (path, reason)."
@@ -258,14 +262,14 @@ def _inspect(item):
     if len(parts) != 3: return dict(path=relative, reason='not directly in a class folder')
     try:
         content = path.read_bytes()
-        gray = open_image(content, at_least=64)
+        open_image(content, at_least=64)
         image = Image.open(io.BytesIO(content))
-    except (ValueError, OSError) as e: return dict(path=relative, reason=str(e))
-    assert gray.mode == 'L'
+    except OSError as e: return dict(path=relative, reason=f'cannot be read ({e.strerror})')
+    except ValueError as e: return dict(path=relative, reason=str(e))
     return dict(path=relative, split=parts[0], label=CLASSES.index(parts[1]), subtype=subtype_of(parts[2]), width=image.width, height=image.height,
                 mode=image.mode, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
-# %% ../nbs/00_data.ipynb #b38e558d
+# %% ../nbs/00_data.ipynb #7c9d38a4
 def join_identical(
     patients: pd.Series,  # (N,) str, patient of each image
     hashes: pd.Series,    # (N,) str, content of each image
@@ -289,7 +293,7 @@ def index_images(
         rows = list(progress(pool.map(_inspect, files), 'checking files', len(files)))
     rejected = pd.DataFrame([r for r in rows if 'reason' in r], columns=['path', 'reason'])
     index = pd.DataFrame([r for r in rows if 'reason' not in r], columns=[c for c in INDEX_COLUMNS if c != 'patient'])
-    for split in index.split.unique() if len(index) else ['train']:
+    for split in sorted({'train', 'test'} | set(index.split)):
         for label, name in enumerate(CLASSES):
             if not ((index.split == split) & (index.label == label)).any(): raise ValueError(f'{root.name}/{split}/{name}/ holds no readable image')
     if groups == 'names': patient = index.path.map(lambda p: patient_of(PurePosixPath(p).name))
@@ -302,7 +306,9 @@ def _patients_from_csv(file, index):
     if not resolve_run_dir(file).is_file(): raise FileNotFoundError(f"groups={file!r} is neither 'names', 'image' nor a CSV file that exists")
     table = pd.read_csv(resolve_run_dir(file), dtype=str)
     if not {'path', 'patient'} <= set(table): raise ValueError(f'{file} needs the columns path and patient, found {", ".join(table)}')
-    patient = index.path.map(table.drop_duplicates('path').set_index('path').patient)
+    twice = table.path[table.path.duplicated()]
+    if len(twice): raise ValueError(f'{file} names {len(twice)} images twice, e.g. {twice.iloc[0]}')
+    patient = index.path.map(table.set_index('path').patient)
     if patient.isna().any(): raise ValueError(f'{file} names no patient for {patient.isna().sum()} images, e.g. {index.path[patient.isna()].iloc[0]}')
     return patient
 
@@ -342,9 +348,10 @@ def leaked_share(
     known = set(index.patient[index.split == 'train'])
     return float(index.patient[index.split == 'validation'].isin(known).mean())
 
-# %% ../nbs/00_data.ipynb #5034b10f
-_CACHE_VERSION = 1
-_CHUNK = 256  # images per checksum
+# %% ../nbs/00_data.ipynb #44a84a05
+_CACHE_VERSION = 2
+
+def _chunk(size): return max(1, min(256, (32 << 20) // size ** 2))  # images per checksum, 32 MB at most
 
 def fingerprint(index: pd.DataFrame) -> str:
     "SHA-256 over paths and contents: equal if and only if the images are."
@@ -359,35 +366,36 @@ def _decode(root, size, aspect, row):
     return read_pixels(content, size, aspect)
 
 def _build_cache(folder, root, index, size, aspect, workers, meta):
-    chunks, rows = [], list(zip(index.path, index.sha256))
+    chunks, rows, n = [], list(zip(index.path, index.sha256)), _chunk(size)
     try:
         with atomic_path(folder) as temporary, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             temporary.mkdir()
             # Plain writes, not a memory map: on a full disk a map ends the process with SIGBUS, a write raises OSError.
             with open(temporary/'pixels.npy', 'wb') as f, progress(None, 'decoding', len(rows)) as bar:
                 np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(rows), 1, size, size)))
-                for i in range(0, len(rows), _CHUNK):
-                    chunk = b''.join(a.tobytes() for a in pool.map(partial(_decode, root, size, aspect), rows[i:i + _CHUNK]))
+                for i in range(0, len(rows), n):
+                    chunk = b''.join(a.tobytes() for a in pool.map(partial(_decode, root, size, aspect), rows[i:i + n]))
                     f.write(chunk)
                     chunks.append(zlib.crc32(chunk))
-                    bar.update(len(rows[i:i + _CHUNK]))
+                    bar.update(len(rows[i:i + n]))
             write_json(temporary/'meta.json', meta | {'crc32': chunks})
     except OSError as e:
         if e.errno != errno.ENOSPC: raise
         need = len(rows) * size * size / 1e6
         raise OSError(e.errno, f'the disk is full: the pixel cache needs {need:,.0f} MB; nothing was left behind. Free some space or set CXR_LAB_CACHE') from e
 
-# %% ../nbs/00_data.ipynb #61e9bf7b
+# %% ../nbs/00_data.ipynb #d495dde4
 def _open_cache(folder, meta, full=2 << 30):
     "The mapped array, or None if it is not what `meta` says; beyond `full` bytes, 64 chunks spread over the file are checked instead of all."
     try:
         stored, pixels = read_json(folder/'meta.json'), np.load(folder/'pixels.npy', mmap_mode='r')
-    except (OSError, ValueError): return None
-    crc = stored.pop('crc32', [])
+    except (OSError, ValueError, EOFError): return None
+    if not isinstance(stored, dict): return None
+    crc, n = stored.pop('crc32', []), _chunk(meta['size'])
     if stored != meta or pixels.shape != (meta['n'], 1, meta['size'], meta['size']) or pixels.dtype != np.uint8: return None
-    if len(crc) != -(-meta['n'] // _CHUNK): return None
+    if len(crc) != -(-meta['n'] // n): return None
     which = range(len(crc)) if pixels.nbytes <= full else np.linspace(0, len(crc) - 1, 64).astype(int)
-    return pixels if all(zlib.crc32(pixels[i * _CHUNK:(i + 1) * _CHUNK]) == crc[i] for i in which) else None
+    return pixels if all(zlib.crc32(pixels[i * n:(i + 1) * n]) == crc[i] for i in which) else None
 
 def pixel_cache(
     root: Path,            # folder the index was made from
@@ -414,7 +422,7 @@ def pixel_cache(
         _build_cache(target, Path(root), index, size, aspect, workers, meta)
     return _open_cache(target, meta)
 
-# %% ../nbs/00_data.ipynb #00c72630
+# %% ../nbs/00_data.ipynb #ac59f376
 @dataclass(frozen=True)
 class Dataset:
     "A run's images: row i of `index` is `pixels[i]`."
@@ -432,7 +440,7 @@ class Dataset:
 def load_dataset(step: Step) -> Dataset:
     "Index and pixels of the run that `step` belongs to; `MissingUpstream` if 00_data has not run, `RuntimeError` if its files have changed."
     p = step.params('00_data')
-    index = pd.read_csv(step.need('00_data', 'index.csv'), keep_default_na=False)
+    index = pd.read_csv(step.need('00_data', 'index.csv'), keep_default_na=False, dtype={'path': str, 'patient': str, 'sha256': str})
     source = find_data(p['data'], p['phantoms'], p['seed'])
     return Dataset(index, pixel_cache(source.images, index, p['image_size'], p['aspect']), source)
 

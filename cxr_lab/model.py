@@ -122,10 +122,11 @@ def overfit_one_batch(
         losses.append(loss.item())
     return losses
 
-# %% ../nbs/02_model.ipynb #8fc03e6e
-def _replace(model, wanted, make):
-    "Replaces one submodule: the one that `wanted(modules)` picks."
-    name = wanted([(n, m) for n, m in model.named_modules()])
+# %% ../nbs/02_model.ipynb #a895a0fa
+def _replace(model, wanted, which, make):
+    "Replaces the first (0) or last (-1) submodule of a kind."
+    found = [n for n, m in model.named_modules() if isinstance(m, wanted)]
+    name = found[which]
     parent, _, leaf = name.rpartition('.')
     old = model.get_submodule(name)
     model.get_submodule(parent)._modules[leaf] = make(old)
@@ -143,12 +144,14 @@ class Backbone(nn.Module):
         super().__init__()
         self.scale = Standardize(.449, .226)  # mean of ImageNet's three channel means and standard deviations
         self.network = network
-        _replace(network, lambda ms: next(n for n, m in ms if isinstance(m, nn.Conv2d)), _gray)
-        _replace(network, lambda ms: [n for n, m in ms if isinstance(m, nn.Linear)][-1], lambda old: nn.Linear(old.in_features, classes))
+        _replace(network, nn.Conv2d, 0, _gray)
+        _replace(network, nn.Linear, -1, lambda old: nn.Linear(old.in_features, classes))
 
     def forward(self, x): return self.network(self.scale(x))  # (N,1,H,W) float -> (N,2) logits
 
-# %% ../nbs/02_model.ipynb #7eae64f1
+# %% ../nbs/02_model.ipynb #a3e4d080
+_UNSUITED = ('squeezenet', 'googlenet', 'inception')  # no linear head, or a second head in training
+
 def build_model(
     name: str = 'small',       # small, or the name of a torchvision classifier
     pretrained: bool = False,  # start from ImageNet weights (downloaded on first use)
@@ -157,7 +160,7 @@ def build_model(
     if name == 'small':
         if pretrained: raise ValueError("the small network has no pretrained weights; it trains from scratch")
         return SmallCNN()
-    known = torchvision.models.list_models(torchvision.models)
+    known = [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(_UNSUITED)]
     if name not in known: raise ValueError(f'unknown model {name!r}; known: small, {", ".join(n for n in known if n.startswith(("resnet", "mobile", "dense", "efficientnet_b")))}, …')
     try: network = torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None)
     except URLError as e:
@@ -165,7 +168,7 @@ def build_model(
                       "torch's hub cache, or use pretrained=False") from e
     return Backbone(network)
 
-# %% ../nbs/02_model.ipynb #63b1767f
+# %% ../nbs/02_model.ipynb #b81dad4c
 _FORMAT = 'cxr_lab.model.1'
 
 def save_model(
@@ -176,7 +179,7 @@ def save_model(
     "Writes weights and everything needed to use them into one file, atomically."
     if 'model' not in info: raise ValueError("info['model'] must name the architecture")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with atomic_path(path) as temporary: save_file(tensors, temporary, {'format': _FORMAT, 'info': json.dumps(info | {'classes': CLASSES}, sort_keys=True)})
+    with atomic_path(path) as temporary: save_file(tensors, temporary, {_FORMAT: json.dumps(info | {'classes': CLASSES}, sort_keys=True)})
 
 def load_model(
     path,                         # written by save_model
@@ -187,9 +190,11 @@ def load_model(
     try:
         with safe_open(path, 'pt') as f: meta = f.metadata() or {}
     except (SafetensorError, struct.error) as e: raise ValueError(f'{path.name} is no safetensors file ({e}); only models saved by cxr_lab can be opened') from e
-    if meta.get('format') != _FORMAT: raise ValueError(f"{path.name} is a safetensors file, but not a cxr_lab model (format {meta.get('format')!r}, expected {_FORMAT!r})")
-    info = json.loads(meta['info'])
-    model = build_model(info['model'])
+    if _FORMAT not in meta: raise ValueError(f'{path.name} is a safetensors file, but not a cxr_lab model (its metadata have no {_FORMAT!r})')
+    try:
+        info = json.loads(meta[_FORMAT])
+        model = build_model(info['model'])
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path.name}: its description does not name a model that can be built ({e})') from e
     try: model.load_state_dict(load_file(path))
     except RuntimeError as e: raise ValueError(f"{path.name}: the weights do not fit the model {info['model']!r}") from e
     return model.eval(), info

@@ -7,9 +7,9 @@ __all__ = ['METRICS', 'SPLIT_COLORS', 'Pixels', 'make_loader', 'Classifier', 'fi
            'patient_weights', 'weighted_scores', 'intervals', 'run_experiment', 'calibration_error', 'read_histories',
            'plot_histories', 'mean_sd', 'test_table', 'plot_test', 'over_seeds']
 
-# %% ../nbs/03_train.ipynb #120ba571
-import logging, shutil, warnings
-from itertools import product
+# %% ../nbs/03_train.ipynb #66cb5e12
+import logging, shutil, signal, threading, time, warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,7 +59,7 @@ def make_loader(
     order = DistributedSampler(images, num_replicas=1, rank=0, shuffle=True, seed=shuffle_seed)
     return DataLoader(images, batch_size, sampler=order, collate_fn=_as_is, drop_last=True)
 
-# %% ../nbs/03_train.ipynb #812f3ae4
+# %% ../nbs/03_train.ipynb #9ba5e10a
 class Classifier(pl.LightningModule):
     "Trains a two-logit model with weighted cross-entropy, AdamW and a one-cycle schedule; logs loss and accuracy per epoch."
     def __init__(self,
@@ -88,16 +88,28 @@ class Classifier(pl.LightningModule):
     def validation_step(self, batch, _):
         logits, y = self._logits(to_float(batch[0])), batch[1]
         self.accuracy['val'](logits, y)
-        self.auroc(logits.softmax(1)[:, 1], y)
+        self.auroc.update(logits.softmax(1)[:, 1], y)  # only over the whole split: a single batch may hold one class only
         self.log_dict({'val_loss': self.loss(logits, y), 'val_accuracy': self.accuracy['val'], 'val_auroc': self.auroc}, batch_size=len(y))
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=int(self.trainer.estimated_stepping_batches), pct_start=.25)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=max(5, int(self.trainer.estimated_stepping_batches)), pct_start=.25)
         return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=schedule, interval='step'))
 
-# %% ../nbs/03_train.ipynb #390c381b
+# %% ../nbs/03_train.ipynb #d6b6b265
 def _average(mean, now, n): return mean + (now - mean) * (10 / (10 + n)).clamp(min=.01)  # n steps so far: an average over n / 10 steps, 100 at most
+
+@contextmanager
+def _interruptible(run):
+    "Lightning answers Ctrl-C by leaving Python with SIGINT ignored; here it stays an exception that the caller can catch."
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if main else None
+    try: yield
+    except SystemExit:
+        if not run.interrupted: raise
+        raise KeyboardInterrupt(f'training stopped in epoch {run.current_epoch}; the same call continues it') from None
+    finally:
+        if main: signal.signal(signal.SIGINT, before)
 
 def fit(
     network: nn.Module,
@@ -112,6 +124,7 @@ def fit(
     "Trains, or continues an interrupted training in the same folder, and keeps the epoch with the highest validation AUROC."
     logging.getLogger('pytorch_lightning').setLevel(logging.WARNING)
     checkpoints, last = folder/'checkpoints', folder/'checkpoints'/'last.ckpt'
+    attempt = len(list(checkpoints.glob('log_*')))
     share = data.labels[data.rows('train')].mean()
     task = Classifier(network, torch.tensor([.5 / (1 - share), .5 / share], dtype=torch.float32), lr, weight_decay, seed, augment)
     keep = ModelCheckpoint(checkpoints, 'best', monitor='val_auroc', mode='max', save_last=True, enable_version_counter=False)
@@ -121,14 +134,15 @@ def fit(
     with warnings.catch_warnings():
         # batches come from one look into memory: loader processes would only copy them around
         warnings.filterwarnings('ignore', message='.*does not have many workers.*|.*Checkpoint directory.*exists.*|.*LeafSpec.*|.*logging interval.*')
-        run = pl.Trainer(max_epochs=epochs, callbacks=callbacks, logger=CSVLogger(checkpoints, name='', version='log'), enable_progress_bar=watched,
+        run = pl.Trainer(max_epochs=epochs, callbacks=callbacks, logger=CSVLogger(checkpoints, name='', version=f'log_{attempt}'), enable_progress_bar=watched,
                          enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1_000_000, deterministic=True, **trainer)
-        run.fit(task, make_loader(data, 'train', batch_size, shuffle_seed=seed), make_loader(data, 'validation', 256),
-                ckpt_path=last if last.exists() else None, weights_only=True)
-    if run.interrupted: raise KeyboardInterrupt(f'training stopped in epoch {run.current_epoch}; the same call continues it')
+        with _interruptible(run):
+            run.fit(task, make_loader(data, 'train', batch_size, shuffle_seed=seed), make_loader(data, 'validation', 256),
+                    ckpt_path=last if last.exists() else None, weights_only=True)
     best = torch.load(keep.best_model_path, weights_only=True)
     network.load_state_dict({k.removeprefix('network.'): v for k, v in best['state_dict'].items() if k.startswith('network.')})
-    history = pd.read_csv(checkpoints/'log'/'metrics.csv').groupby('epoch').first().drop(columns='step').reset_index()
+    logs = pd.concat([pd.read_csv(f) for i in range(attempt + 1) if (f := checkpoints/f'log_{i}'/'metrics.csv').exists()])
+    history = logs.groupby('epoch').last().drop(columns='step').reset_index()  # an epoch that was done again counts once
     with atomic_path(folder/'log.csv') as temporary: history.to_csv(temporary, index=False)
     save_model(folder/'model.safetensors', network, info | {'best_epoch': int(best['epoch'])})
     shutil.rmtree(checkpoints)
@@ -171,11 +185,12 @@ def score(
     out = _rates(tp, fp, tn, fn) | {'auroc': roc_auc_score(y, p) if 0 < y.sum() < len(y) else np.nan}
     return {k: None if np.isnan(v) else float(v) for k, v in out.items()}
 
-# %% ../nbs/03_train.ipynb #7171977f
+# %% ../nbs/03_train.ipynb #d5ffcdff
 def choose_threshold(
     labels: np.ndarray, probabilities: np.ndarray,  # of the validation split
 ) -> float:
-    "The threshold with the largest Youden index, halfway between the two probabilities it separates."
+    "The threshold with the largest Youden index, halfway between the two probabilities it separates; `ValueError` unless both classes are there."
+    if len(np.unique(labels)) != 2: raise ValueError('a threshold can only be chosen on images of both classes')
     fpr, tpr, thresholds = roc_curve(labels, probabilities, drop_intermediate=False)
     best = np.flatnonzero(tpr - fpr == (tpr - fpr).max())
     at = thresholds[best[len(best) // 2]]  # the middle one, if several are equally good
@@ -217,9 +232,9 @@ def intervals(
     s = weighted_scores(predictions.label, predictions.probability, patient_weights(predictions.patient, n_boot, seed), threshold)
     return {k: tuple(np.percentile(v[~np.isnan(v)], [2.5, 97.5])) if not np.isnan(v).all() else (np.nan, np.nan) for k, v in s.items()}
 
-# %% ../nbs/03_train.ipynb #3ffa6261
+# %% ../nbs/03_train.ipynb #509843ab
 def _recipe(step, data, **settings):
-    return {'dataset': step.fact('dataset')['fingerprint'], **{k: v for k, v in step.params('00_data').items() if k in ('image_size', 'aspect', 'val_fraction', 'seed')}, **settings}
+    return {'dataset': step.fact('dataset')['fingerprint'], **{k: v for k, v in step.params('00_data').items() if k in ('groups', 'image_size', 'aspect', 'val_fraction', 'seed')}, **settings}
 
 def run_experiment(
     step: Step,
@@ -228,7 +243,7 @@ def run_experiment(
     params: dict,        # model, epochs, batch_size, lr, weight_decay, seeds, seed
     augment=None,        # nn.Module, its repr is part of the recipe
     sub: str = '',       # folder below the step's
-) -> pd.DataFrame:       # one row per seed: the metrics of its metrics.json
+) -> pd.DataFrame:       # one row per seed: the metrics of its metrics.json, and seconds
     "Trains, predicts and scores with each seed; what is complete for the same recipe is kept."
     rows, settings = [], {k: v for k, v in params.items() if k not in ('seeds', 'seed')}
     settings['batch_size'] = min(settings['batch_size'], max(8, len(data.rows('train')) // 32))
@@ -241,15 +256,16 @@ def run_experiment(
             shutil.rmtree(folder)
             write_json(step.path(f'{place}/recipe.json'), recipe)
         if not (folder/'metrics.json').exists():
+            started = time.perf_counter()
             pl.seed_everything(seed, verbose=False)
             network = build_model(params['model'])
             history = fit(network, data, folder, dict(model=params['model'], image_size=image_size, aspect=aspect, trained_on=data.source.kind, recipe=recipe),
                           seed=seed, augment=augment, **{k: settings[k] for k in ('epochs', 'batch_size', 'lr', 'weight_decay')})
-            _judge(step, data, network, place, experiment, seed, history)
-        rows.append(read_metrics(folder/'metrics.json'))
+            _judge(step, data, network, place, experiment, seed, history, started)
+        rows.append(read_metrics(folder/'metrics.json') | read_json(folder/'timing.json'))
     return pd.DataFrame(rows)
 
-def _judge(step, data, network, place, experiment, seed, history):
+def _judge(step, data, network, place, experiment, seed, history, started):
     "Predictions of all images, the threshold from validation, and the metrics of test: metrics.json comes last, it marks the seed as complete."
     df = step.write_predictions(data.index[['path', 'patient', 'split', 'label']].assign(probability=predict(network, data.pixels)), place)
     of = {s: df[df.split == s] for s in ('validation', 'test')}
@@ -268,6 +284,7 @@ def _judge(step, data, network, place, experiment, seed, history):
                **{f'test_{k}_at_validation_threshold': v for k, v in chosen.items()},
                'test_brier': float(brier_score_loss(t.label, t.probability)), 'test_calibration_error': calibration_error(t.label, t.probability)}
     save_model(file, network, {k: v for k, v in info.items() if k != 'classes'} | {'threshold': threshold, 'test': test})
+    write_json(step.path(f'{place}/timing.json'), {'seconds': time.perf_counter() - started})  # apart, so that the metrics of equal trainings are equal files
     step.write_metrics(metrics, place)
 
 def calibration_error(
