@@ -328,7 +328,7 @@ def test_cache_holds_the_index_in_its_order(cache, monkeypatch):
 
 def test_cache_of_more_than_one_chunk(cache, monkeypatch):
     root, index, folder, pixels = cache
-    monkeypatch.setattr(data, '_CHUNK', 5)
+    monkeypatch.setattr(data, '_chunk', lambda size: 5)
     shutil.rmtree(folder)
     assert (pixel_cache(root, index, 32, folder=folder) == pixels).all()
     one = next(folder.glob('*/pixels.npy'))
@@ -397,7 +397,7 @@ def test_full_disk_while_the_cache_is_written(root, tmp_path, monkeypatch, room)
     index, folder = index_images(root)[0], tmp_path/'caches'
     with monkeypatch.context() as m:
         m.setattr(data, 'open', lambda *a, **k: Full(open(*a, **k), room), raising=False)
-        m.setattr(data, '_CHUNK', 4)
+        m.setattr(data, '_chunk', lambda size: 4)
         with pytest.raises(OSError, match=r'the disk is full: the pixel cache needs 0 MB; nothing was left behind.*CXR_LAB_CACHE') as e: pixel_cache(root, index, 32, folder=folder)
     assert e.value.errno == errno.ENOSPC and cached(folder) == []
     assert len(pixel_cache(root, index, 32, folder=folder)) == 12, 'and it works once there is room'

@@ -295,7 +295,7 @@ def test_experiment_leaves_what_the_contract_says(tiny, tmp_path, counted):
     assert counted == [4, 5] and list(results.seed) == [4, 5] and (results.experiment == 'baseline').all()
     for row in results.itertuples():
         folder = step.dir/f'seed_{row.seed}'
-        assert sorted(p.name for p in folder.iterdir()) == ['log.csv', 'metrics.json', 'model.safetensors', 'predictions.csv', 'recipe.json']
+        assert sorted(p.name for p in folder.iterdir()) == ['log.csv', 'metrics.json', 'model.safetensors', 'predictions.csv', 'recipe.json', 'timing.json']
         p, m = read_predictions(folder/'predictions.csv'), read_metrics(folder/'metrics.json')
         assert len(p) == 200 and dict(zip(p.path, p.label)) == dict(zip(tiny.index.path, tiny.labels)) and m['n'] == 40
         t, v = p[p.split == 'test'], p[p.split == 'validation']
