@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 import cxr_lab
 from . import __version__
-from .report import write_results
+from .report import result_code, write_results
 from .runs import _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, write_json
 
 # %% ../nbs/lab/pipeline.ipynb #513dc50b
@@ -151,7 +151,7 @@ def _unknown(key, knobs):
 
 # %% ../nbs/lab/pipeline.ipynb #e17e0563
 DATASETS = ('phantom', 'kermany', 'pneumoniamnist')
-QUICK = dict(phantoms=240, epochs=4, batch_size=16, seeds=1, n_boot=200)  # where a notebook has the knob and the user did not set it
+QUICK = dict(phantoms=240, epochs=4, batch_size=16, seeds=1, n_boot=200, images=64, marker_phantoms=240, marker_epochs=6)  # where a notebook has the knob and the user did not set it
 
 def check_data(
     data: str,  # name of a data set, or a folder
@@ -224,7 +224,7 @@ def _execute(path, partial, params, bar):
 # %% ../nbs/lab/pipeline.ipynb #e399e313
 def _key(path, params):
     "What an execution depends on, besides what earlier notebooks left."
-    code = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
+    code = result_code(nbformat.read(path, 4))
     effective = {k.name: k.default for k in notebook_parameters(path).values() if k.name != 'run_dir'} | params
     return {'parameters': effective, 'code': hashlib.sha256(json.dumps(code).encode()).hexdigest(), 'cxr_lab': __version__}
 

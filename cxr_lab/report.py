@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'RULES', 'MAX_BYTES', 'score', 'result_rows', 'write_results', 'results_table', 'results_markdown',
-           'runs_table', 'PublishError', 'publish', 'readme_text', 'write_readme', 'readme_in_sync']
+           'runs_table', 'result_code', 'PublishError', 'publish', 'readme_text', 'write_readme', 'readme_in_sync']
 
 # %% ../nbs/lab/report.ipynb #2a904463
 import json, os, re
@@ -155,6 +155,15 @@ def runs_table(
         tables.append(table.astype(object))
     return pd.concat(tables, ignore_index=True).astype(dict.fromkeys(METRICS, float))
 
+# %% ../nbs/lab/report.ipynb #0f8ee1bd
+def _code_cells(nb): return [c for c in nb.cells if c.cell_type == 'code' and 'injected-parameters' not in c.metadata.get('tags', [])]
+
+def result_code(
+    nb,          # a notebook, as nbformat reads it
+) -> list[str]:  # the source of each code cell
+    "The code that a notebook's results come from: no cell that papermill added, no options (`#| ...`) at the top of a cell."
+    return [re.sub(r'\A(#\|.*\n?)+', '', c.source) for c in _code_cells(nb)]
+
 # %% ../nbs/lab/report.ipynb #484f6db1
 MAX_BYTES = 1_500_000
 _MACHINE_PATH = re.compile(r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private|scratch)/'
@@ -162,8 +171,6 @@ _MACHINE_PATH = re.compile(r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|v
 
 class PublishError(ValueError):
     "Notebooks of a run cannot be published; nothing was written."
-
-def _code(nb): return [c for c in nb.cells if c.cell_type == 'code' and 'injected-parameters' not in c.metadata.get('tags', [])]
 
 def _texts(output):
     "All text of an output; images that are not text are left out."
@@ -182,8 +189,8 @@ def _unfit(output):
 
 def _published(source, executed):
     "The source notebook with the outputs of its execution, and what is wrong with it."
-    old, new = _code(source), _code(executed)
-    if [c.source for c in old] != [c.source for c in new]: return None, ['changed since this run']
+    if result_code(source) != result_code(executed): return None, ['changed since this run']
+    old, new = _code_cells(source), _code_cells(executed)
     count, problems = 0, []
     for target, ran in zip(old, new):
         if target.source.strip() and ran.execution_count is None: problems.append(f'cell {target.source[:60]!r} was not executed')

@@ -37,7 +37,8 @@ def stage(staging: Path, root: Path = ROOT):
     "Filtered notebooks, pictures, styles and the configuration; what only Quarto knows is taken out of the latter."
     config = yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8'))
     for key in ('ipynb-filters', 'execute'): config.pop(key)  # the filter is applied here; nothing would be executed anyway
-    config['format']['html'].pop('code-tools', None)
+    html = config['format']['html']
+    for key in ('code-tools', 'html-math-method'): html.pop(key, None)  # the formulas become MathML after rendering
     staging.mkdir(parents=True)
     (staging/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False), encoding='utf-8')
     for pattern in ('.ci/*.py', 'nbs/*.css', 'nbs/*.json', 'nbs/images/*'):
@@ -50,7 +51,10 @@ def stage(staging: Path, root: Path = ROOT):
                              input=(root/page).read_text(encoding='utf-8'), capture_output=True, text=True, encoding='utf-8')
         if ran.returncode: raise RuntimeError(f'nbdev_filter failed on {page}:\n{ran.stderr[-2000:]}')
         (staging/page).parent.mkdir(parents=True, exist_ok=True)
-        (staging/page).write_text(ran.stdout, encoding='utf-8')
+        notebook = json.loads(ran.stdout)
+        for cell in notebook['cells']:  # smalldocs folds the code of a notebook only where the cell says so
+            if cell['cell_type'] == 'code': cell['source'] = f'#| code-fold: {html["code-fold"]}\n' + ''.join(cell['source'])
+        (staging/page).write_text(json.dumps(notebook), encoding='utf-8')
     with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(convert, notebooks(root)))
 
 def render(staging: Path) -> Path:
@@ -79,11 +83,12 @@ def read_page(path: Path) -> _Page:
     return page
 
 def broken_links(site: Path) -> list[str]:
-    "What is wrong with the rendered pages: one line for each internal link, anchor or file that is not there, and for each page that is too heavy."
+    "What is wrong with the rendered pages: a line for each internal link, anchor or file that is not there, for pictures without description, and for each page that is too heavy."
     pages = {path.relative_to(site).as_posix(): read_page(path) for path in sorted(site.rglob('*.html')) if 'site_libs' not in path.parts}
     problems = [] if pages else [f'no pages in {site.name}']
     for name, page in pages.items():
         if (size := (site/name).stat().st_size) > MAX_PAGE: problems.append(f'{name}: {size/1e6:.1f} MB')
+        if page.no_alt: problems.append(f'{name}: {page.no_alt} of {page.images} pictures have no alternative text')
         for tag, ref in page.refs:
             url = urlsplit(ref)
             if url.scheme or url.netloc: continue
@@ -109,6 +114,17 @@ _LOOK = '''(limit => {
     images: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))};
 })'''
 
+_READER = {
+    'folding': """(() => { const d = document.querySelector('details.code-fold'); if (!d?.open) return false;
+                           d.querySelector('summary').click(); return !d.open && !d.querySelector('pre').checkVisibility({contentVisibilityAuto: true}) })()""",
+    'copying': "!!document.querySelector('main button.code-copy-button')",
+    'searching': """(async () => { const input = document.querySelector('#quarto-search input, input[type=search]'); if (!input) return false;
+                              input.focus(); input.value = 'receptive'; input.dispatchEvent(new Event('input', {bubbles: true}));
+                              const found = () => [...document.querySelectorAll('[class*=search] a, [id*=search] a')].some(a => a.href.includes('02_model'));
+                              for (let i = 0; i < 50 && !found(); i++) await new Promise(done => setTimeout(done, 100)); return found() })()""",
+    'the dark theme': """(() => { const dark = () => getComputedStyle(document.body).backgroundColor, before = dark();
+                                  document.querySelector('.quarto-color-scheme-toggle').click(); return new Promise(done => setTimeout(() => done(dark() !== before), 500)) })()"""}
+
 class Browser:
     "A headless Chromium that serves and opens the pages of one folder, as a context manager."
     def __init__(self, site: Path): self.site = site
@@ -132,7 +148,7 @@ class Browser:
             target = self.call('Target.createTarget', url='about:blank')['targetId']
             self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
             for domain in ('Page', 'Runtime', 'Log', 'Network'): self.call(f'{domain}.enable')
-            self.call('Network.setBlockedURLs', urls=['https://*'])  # fonts and formulas: the same result with and without a network
+            self.call('Network.setBlockedURLs', urls=['https://*'])  # a page needs no network
         except BaseException: self.__exit__(); raise
         return self
 
@@ -173,9 +189,12 @@ class Browser:
             kind, p = event.get('method'), event.get('params', {})
             if kind == 'Runtime.exceptionThrown': problems.append(f'{at}: {p["exceptionDetails"]["text"]} {p["exceptionDetails"].get("exception", {}).get("description", "")}')
             if kind == 'Runtime.consoleAPICalled' and p['type'] == 'error': problems.append(f'{at}: console error {p["args"]}')
-            if kind == 'Log.entryAdded' and p['entry']['level'] == 'error' and not p['entry'].get('url', '').startswith('https:') \
-                    and not p['entry'].get('url', '').endswith('/favicon.ico'): problems.append(f'{at}: {p["entry"]["text"]} {p["entry"].get("url", "")}')
+            if kind == 'Log.entryAdded' and p['entry']['level'] == 'error' and not p['entry'].get('url', '').endswith('/favicon.ico'): problems.append(f'{at}: {p["entry"]["text"]} {p["entry"].get("url", "")}')
         return problems
+
+    def works(self, page: str) -> list[str]:
+        "Tries what a reader does on an open page: folds code, copies it, searches, turns the page dark; returns what does not answer."
+        return [f'{page}: {what} does not work' for what, script in _READER.items() if self.evaluate(script) is not True]
 
     def screenshot(self, target: Path, whole: bool = True):
         "A picture of the open page."
@@ -189,7 +208,8 @@ def seen_in_browser(site: Path) -> list[str]:
     "What is wrong with the pages, each opened on a desktop and on a phone."
     with Browser(site) as browser:
         pages = [path.relative_to(site).as_posix() for path in sorted((site/'nbs').rglob('*.html'))]
-        return [problem for page in pages for width in (1280, 390) for problem in browser.open(page, width)]
+        problems = [problem for page in pages for width in (1280, 390) for problem in browser.open(page, width)]
+        return problems + [problem for page in pages[:1] for problem in browser.open(page, dark=True) + browser.works(page)]
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import yaml
 
 from cxr_lab.pipeline import notebook_parameters
 from cxr_lab.report import score
@@ -120,6 +121,21 @@ def test_what_is_committed_is_fit_to_be_read(path):
                 assert not ABSOLUTE.search(text), ABSOLUTE.search(text)[0]
             png = output.get('data', {}).get('image/png')
             if png: assert base64.b64decode(png).startswith(b'\x89PNG')
+
+def options(cell):
+    "What `#| key: value` lines at the top of a cell say, as Quarto reads them."
+    lines = re.match(r'(#\|.*\n?)*', cell.source)[0].splitlines()
+    return yaml.safe_load('\n'.join(line.removeprefix('#|') for line in lines if ':' in line)) or {}
+
+@named(NOTEBOOKS)
+def test_every_picture_is_described(path):
+    for cell in code_cells(path):
+        if not any(kind.startswith('image/') for output in cell.outputs for kind in output.get('data', {})): continue
+        alt = options(cell).get('fig-alt')
+        assert isinstance(alt, str) and 40 <= len(alt) <= 400, f'{path.stem}: `#| fig-alt: "..."` is missing or too short at the top of the cell that draws\n{cell.source[-300:]}'
+        assert alt[0].isupper() and alt.endswith('.') and alt != options(cell).get('fig-cap'), alt
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == 'markdown': assert not re.search(r'!\[\s*\]\(|<img(?![^>]*\salt="[^"]+")', cell.source), cell.source[:200]
 
 @named(sorted((REPO/'cxr_lab').glob('*.py')))
 def test_modules_are_what_the_notebooks_export(path):

@@ -151,8 +151,9 @@ def test_resume(nbs, capfd):
     assert 'other lr' in capfd.readouterr().err
     nb = nbformat.read('nbs/01_train.ipynb', 4)
     nb.cells[0].source = '# Another title'
+    nb.cells[-1].source = '#| fig-alt: "how a page describes it"\n' + nb.cells[-1].source
     nbformat.write(nb, 'nbs/01_train.ipynb')
-    run(resume=True); assert ran() == []  # prose does not matter
+    run(resume=True); assert ran() == []  # prose does not matter, nor how a page shows a cell
     nb.cells[-1].source += '\n1 + 1'
     nbformat.write(nb, 'nbs/01_train.ipynb')
     run(resume=True); assert ran() == ['train 0.1 2 0']

@@ -181,6 +181,18 @@ def test_changed_code_is_refused(run, code):
     write_source(code=code); write_executed(out())
     with pytest.raises(PublishError, match='03_train: changed since this run'): publish(run)
 
+def test_options_of_a_cell_are_no_code(run):
+    write_source(code=('a = 1', '#| fig-alt: "new"\n#| fig-cap: "newer"\na')); write_executed(out(), code=('#| hide\na = 1', '#| fig-alt: "old"\na'))
+    assert publish(run)['published'] == ['03_train']
+    cell = nbformat.read('nbs/03_train.ipynb', 4).cells[2]
+    assert cell.source.startswith('#| fig-alt: "new"') and cell.outputs == [out()]
+
+@pytest.mark.parametrize('source,code', [('#| export\n#| fig-alt: "x"\na\n#| b', 'a\n#| b'), ('#| hide', ''), ('#|hide\n\na', '\na'), ('# a\n#| b', '# a\n#| b'), (' #| a', ' #| a'), ('#a', '#a'),
+                                         ('s = """\n#| x\n"""', 's = """\n#| x\n"""'), ('', '')])
+def test_result_code(source, code):
+    injected = v4.new_code_cell('x', metadata={'tags': ['injected-parameters']})
+    assert report.result_code(v4.new_notebook(cells=[v4.new_markdown_cell('#| a'), injected, v4.new_code_cell(source)])) == [code]
+
 def test_incomplete_outdated_or_wrong_runs_are_refused(run):
     write_source()
     with pytest.raises(PublishError, match='has no completed notebook'): publish(run)

@@ -1,6 +1,7 @@
 "The rendered site: every page is made without a warning, every link holds, and a phone can show it."
-import shutil
+import re, shutil
 
+import numpy as np
 import pytest
 import site_check
 
@@ -26,6 +27,18 @@ def test_the_code_of_the_lessons_is_shown(site):
     text = (site/'nbs'/'00_data.html').read_text(encoding='utf-8')
     assert 'patient_of' in text and '#| export' not in text and 'default_exp' not in text
 
+def test_what_readers_are_used_to(site):
+    "Folding, copying, search, both themes, the way on and back, a table of contents; and solutions that are not given away at once."
+    pages = [page for page in site_check.sidebar() if page != 'nbs/index.ipynb']
+    for page in pages:
+        text = (site/page).with_suffix('.html').read_text(encoding='utf-8')
+        if page != 'nbs/lab/api.ipynb': assert 'class="code-fold"' in text and 'code-copy-button' in text, page  # that one shows no code
+        for part in ('quarto-color-scheme-toggle', 'darkly', 'id="TOC"', 'nav-page-previous'): assert part in text, f'{page}: {part}'
+        assert 'nav-page-next' in text or page == pages[-1], page
+        assert 'https://cdn' not in text and '\\(' not in re.sub(r'<(code|pre|script).*?</\1>', '', text, flags=re.S), f'{page}: formulas need no network'
+        if page[4].isdigit(): assert text.index('id="exercises"') < text.rindex('<details>') < text.rindex('</details>'), f'{page}: solutions are folded'
+    assert (site/'search.json').is_file()
+
 def test_in_a_browser_on_desktop_and_phone(site):
     if not site_check.chromium(): pytest.skip('no Chromium here')
     assert site_check.seen_in_browser(site) == []
@@ -34,11 +47,11 @@ def test_broken_pages_are_found(site, tmp_path):
     copy = tmp_path/'site'
     shutil.copytree(site, copy)
     (copy/'bad.html').write_text('<p id="here"></p><a href="#here"></a><a href="#gone"></a><a href="nowhere.html"></a><a href="nbs/00_data.html#gone"></a><img src="x.png">'
-                                 '<a href="https://example.org/x"></a>')
+                                 '<a href="https://example.org/x"></a><img src="nbs/images/pipeline.png">')
     (copy/'heavy.html').write_text('x' * (site_check.MAX_PAGE + 1))
     problems = site_check.broken_links(copy)
-    assert [p.split(': ')[0] for p in problems] == ['bad.html']*4 + ['heavy.html']
-    assert [word in p for p, word in zip(problems, ['#gone', 'nowhere.html', '00_data.html#gone', 'x.png', 'MB'])] == [True]*5
+    assert [p.split(': ')[0] for p in problems] == ['bad.html']*5 + ['heavy.html']
+    assert [word in p for p, word in zip(problems, ['2 of 2 pictures have no alternative text', '#gone', 'nowhere.html', '00_data.html#gone', 'x.png', 'MB'])] == [True]*6
 
 def test_broken_pages_are_seen(tmp_path):
     if not site_check.chromium(): pytest.skip('no Chromium here')
@@ -60,8 +73,27 @@ def test_readme_shows_the_published_results():
     from cxr_lab.runs import read_json
     table = results_table(read_json(site_check.ROOT/'nbs'/'results.json'))
     readme = (site_check.ROOT/'README.md').read_text(encoding='utf-8')
-    for row in table[table.experiment.isin(['baseline', 'augmented'])].itertuples():
-        for metric in ('recall', 'precision', 'accuracy', 'f1', 'auroc'): assert f'{getattr(row, metric):.3f} ± {getattr(row, metric + "_sd"):.3f}' in readme, 'run `python .ci/readme.py`'
+    for row in table.itertuples():
+        for metric in ('recall', 'precision', 'accuracy', 'f1', 'specificity', 'auroc'):
+            mean, sd = getattr(row, metric), getattr(row, metric + '_sd')
+            assert f'{mean:.3f}' + ('' if np.isnan(sd) else f' ± {sd:.3f}') in readme, 'run `python .ci/readme.py`'
+
+def test_every_public_name_is_in_the_list_of_functions():
+    import ast, nbformat
+    output = nbformat.read(site_check.ROOT/'nbs'/'lab'/'api.ipynb', 4).cells[-1].outputs[0]['data']['text/markdown']
+    for path in sorted((site_check.ROOT/'cxr_lab').glob('[!_]*.py')):
+        part = re.search(rf'^## {path.stem}\n(.*?)(?=^## |\Z)', output, re.M | re.S)
+        tree = ast.parse(path.read_text(encoding='utf-8'))
+        public = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__')
+        built = [n for n in tree.body if getattr(n, 'name', None) in public]
+        assert part and built and all(f'[`{n.name}`](' in part[1] and (ast.get_docstring(n) or '').split('\n')[0].split('|')[0] in part[1] for n in built), f'{path.stem}: run `python .ci/readme.py`'
+
+def test_every_lesson_has_a_line_and_a_thumbnail_on_the_front_page():
+    readme = (site_check.ROOT/'README.md').read_text(encoding='utf-8')
+    for path in sorted((site_check.ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')):
+        drawn = '"image/png"' in path.read_text(encoding='utf-8')
+        assert f'](nbs/{path.name})<br>' in readme and (not drawn or f'](nbs/images/{path.stem}.png)](nbs/{path.name})' in readme), f'{path.stem}: run `python .ci/readme.py`'
+        if drawn: assert 1_000 < (path.parent/'images'/f'{path.stem}.png').stat().st_size < 60_000
 
 def test_readme_names_the_commands_that_are_checked():
     readme, ci = ((site_check.ROOT/name).read_text(encoding='utf-8') for name in ('README.md', '.ci/run'))
