@@ -91,6 +91,8 @@ Measured side by side with what one would run otherwise, on the same files, in t
 python benchmarks/loading.py    # an epoch from the pixel cache against torchvision's ImageFolder
 python benchmarks/training.py   # training with augmentation against the loop that tutorials write
 python benchmarks/phantoms.py   # making synthetic X-rays
+python benchmarks/gradcam.py    # Grad-CAM against the package grad-cam
+python benchmarks/segment.py    # lung masks against the published U-Net with its image-by-image preprocessing
 ```
 
 Each prints a table; `--write` keeps it in `results/` and in this page, `--help` lists the sizes that can be set. `CXR_LAB_DATA` names the folder with the real images;

@@ -89,6 +89,7 @@ def write_results(
                   'seeds': sorted({r['seed'] for r in rows}), 'versions': facts.get('versions', {}),
                   'parameters': _portable(facts.get('parameters', {})),
                   'seconds': {n: s['seconds'] for n in names if (s := read_status(run, n))},
+                  'training_seconds': {n: m['seconds'] for n in names if (run/n/'metrics.json').is_file() and 'seconds' in (m := read_metrics(run/n/'metrics.json'))},
                   'outdated': [n for n in names if outdated(run, n)]}
     write_json(run/'results.json', {'provenance': provenance, 'rows': rows})
     return run/'results.json'

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cxr_lab.masked import VIEWS
 from cxr_lab.pipeline import notebook_parameters
 from cxr_lab.report import score
 from cxr_lab.runs import read_json, read_metrics, read_predictions
@@ -17,6 +18,7 @@ NOTEBOOKS = sorted(p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoin
 LAB = sorted(p.stem for p in (REPO/'nbs'/'lab').glob('*.ipynb'))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
 FOUNDATION = ['00_data', '01_explore', '02_model', '03_train', '04_augment', '05_compare']
+STUDY = [p.stem for p in LESSONS]
 
 def named(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
@@ -157,11 +159,11 @@ def cli(*args, cwd, **env):
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get('PYTHONPATH')]))
     return subprocess.run([sys.executable, '-c', 'from cxr_lab.cli import main; main()', *args], cwd=cwd, env=os.environ | {'PYTHONPATH': path} | env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
-def check_run(run, kind, seeds, ablation=True):
-    "Everything that a complete run of lessons 00 to 05 holds, and that it agrees with itself."
+def check_run(run, kind, seeds, lessons, ablation=True):
+    "Everything that a complete run of some lessons holds, and that it agrees with itself."
     results, info = read_json(run/'results.json'), read_json(run/'run.json')
-    assert info['dataset']['kind'] == kind and set(info['parameters']) == set(FOUNDATION)
-    for name in FOUNDATION:
+    assert info['dataset']['kind'] == kind and set(info['parameters']) == set(lessons)
+    for name in lessons:
         assert (run/name/'metrics.json').is_file() and (run/name/'status.json').is_file() and not list((run/name).glob('*.partial.ipynb')), name
         read_metrics(run/name/'metrics.json')
         nb = nbformat.read(run/name/f'{name}.ipynb', 4)
@@ -171,6 +173,7 @@ def check_run(run, kind, seeds, ablation=True):
                 for text in texts(output): assert not ABSOLUTE.search(text), f'{name}: {text[:300]}'
     images = read_metrics(run/'00_data'/'metrics.json')
     experiments = {'baseline': '03_train', 'augmented': '04_augment'} | ({'geometric': '04_augment/geometric', 'photometric': '04_augment/photometric'} if ablation else {})
+    if '08_masked' in lessons: experiments |= {name: f'08_masked/{view}' for view, name in VIEWS.items()}
     rows = {(r['experiment'], r['seed'], r['threshold_rule']): r for r in results['rows']}
     assert set(rows) == {(e, s, rule) for e in experiments for s in seeds for rule in ('0.5', 'validation')} and len(rows) == len(results['rows'])
     paths = None
@@ -195,16 +198,16 @@ def check_run(run, kind, seeds, ablation=True):
 @pytest.mark.integration
 def test_the_quick_study_on_phantoms(tmp_path):
     "`cxr-lab run --quick` in an empty folder: complete, consistent, silent; and nothing runs again with --resume."
-    done = cli('run', *FOUNDATION, '--quick', cwd=tmp_path)
+    done = cli('run', '--quick', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.sub(r'\d+_\w+ \(\d/6\): done in \d+ s\n', '', done.stderr) == '', done.stderr
+    assert re.sub(rf'\d+_\w+ \(\d+/{len(STUDY)}\): done in \d+ s\n', '', done.stderr) == '', done.stderr
     run = tmp_path/'runs'/'default'
-    results = check_run(run, 'phantom', [0], ablation=(run/'04_augment'/'geometric').is_dir())
+    results = check_run(run, 'phantom', [0], STUDY, ablation=(run/'04_augment'/'geometric').is_dir())
     assert 'Computed on generated phantoms, not on patients.' in done.stdout and results['provenance']['data'] == 'phantom' and results['provenance']['outdated'] == []
     assert not list(tmp_path.rglob('lightning_logs')) and sorted(p.name for p in tmp_path.iterdir()) == ['runs']
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
-    again = cli('run', *FOUNDATION, '--quick', '--resume', cwd=tmp_path)
-    assert again.returncode == 0 and [line.split(': ')[1] for line in again.stderr.splitlines() if '/6)' in line] == ['complete'] * 6, again.stderr
+    again = cli('run', '--quick', '--resume', cwd=tmp_path)
+    assert again.returncode == 0 and [line.split(': ')[1] for line in again.stderr.splitlines() if f'/{len(STUDY)})' in line] == ['complete'] * len(STUDY), again.stderr
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
     table = cli('table', 'runs/default', cwd=tmp_path)
     assert table.returncode == 0 and 'augmented' in table.stdout and 'baseline' in table.stdout
@@ -214,6 +217,6 @@ def test_the_study_on_real_images(tmp_path, real_data):
     "One seed of the whole: better than the course with augmentation (accuracy .8542, F1 .8918), and AUROC above .95."
     done = cli('run', *FOUNDATION, '--data', 'kermany', '-p', 'seeds=1', cwd=tmp_path, CXR_LAB_DATA=str(real_data))
     assert done.returncode == 0, done.stderr
-    rows = check_run(tmp_path/'runs'/'default', 'kermany', [0])['rows']
+    rows = check_run(tmp_path/'runs'/'default', 'kermany', [0], FOUNDATION)['rows']
     row = next(r for r in rows if r['experiment'] == 'augmented' and r['threshold_rule'] == '0.5')
     assert row['n'] == 624 and row['accuracy'] > .8542 and row['f1'] > .8918 and row['auroc'] > .95
