@@ -1,0 +1,316 @@
+"Embeddings, maps, their numbers, and the interactive page in a real browser."
+import base64, gzip, html, io, json, os, subprocess, sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+
+import site_check
+from cxr_lab.data import CLASSES
+from cxr_lab.model import build_model, to_float
+from cxr_lab.runs import atomic_path
+from cxr_lab.train import predict
+from cxr_lab.tsne import (PALETTES, agreement, embed, embedding_table, explorer, framed, groups_of, head_of, inputs_of, nearest_training, page_data, pca_map, plot_maps, separation, sprite,
+                          told_apart, tsne_map, vectors_of)
+
+@pytest.fixture(scope='module')
+def small():
+    torch.manual_seed(0)
+    return build_model('small').eval()
+
+@pytest.fixture(scope='module')
+def table(tiny, small):
+    return embedding_table(tiny.index.assign(subtype=np.where(tiny.index.label == 1, np.where(np.arange(len(tiny.index)) % 2, 'virus', 'bacteria'), '')), *embed(small, tiny.pixels))
+
+@pytest.fixture(scope='module')
+def blobs():
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.normal(size=(60, 8)) + c for c in (0, 6)]).astype(np.float32), np.repeat([0, 1], 60)
+
+
+# Embeddings
+
+@pytest.mark.parametrize('batch_size', [1, 7, 256])
+def test_embeddings_are_the_models_own(tiny, small, batch_size):
+    vectors, probability = embed(small, tiny.pixels[:20], batch_size)
+    with torch.no_grad(): own = small.embed(to_float(torch.from_numpy(tiny.pixels[:20]))).numpy()
+    assert vectors.dtype == np.float32 and np.allclose(vectors, own, atol=1e-5)
+    assert probability.dtype == np.float64 and np.allclose(probability, predict(small, tiny.pixels[:20]), atol=1e-6)
+
+@pytest.mark.parametrize('name, width', [('resnet18', 512), ('mobilenet_v3_small', 1024), ('swin_t', 768)])
+def test_embeddings_of_other_networks(name, width):
+    model = build_model(name).train()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 1, 64, 64), dtype=np.uint8)
+    vectors, probability = embed(model, pixels)
+    assert vectors.shape == (2, width) and model.training
+    with torch.no_grad(): again = head_of(model)(torch.from_numpy(vectors)).double().softmax(1)[:, 1].numpy()
+    assert np.allclose(again, probability, atol=1e-5)
+
+def test_the_hook_is_gone_whatever_happens(small):
+    def hooks(): return sum(len(m._forward_pre_hooks) for m in small.modules())
+    with pytest.raises(KeyboardInterrupt), inputs_of(small.head):
+        assert hooks() == 1
+        raise KeyboardInterrupt
+    small.train()
+    with pytest.raises(TypeError): embed(small, np.zeros((1, 1, 32, 32), np.float32))
+    assert hooks() == 0 and small.training
+    small.eval()
+
+def test_networks_without_an_embedding_say_so():
+    with pytest.raises(ValueError, match='no linear layer'): embed(nn.Conv2d(1, 2, 3), np.zeros((1, 1, 8, 8), np.uint8))
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(64, 2)
+        def forward(self, x): return self.head(x.flatten(1)) + self.head(1 - x.flatten(1))
+    class PerPatch(nn.Module):
+        def __init__(self): super().__init__(); self.head = nn.Linear(8, 2)
+        def forward(self, x): return self.head(x[:, 0]).mean(1)
+    for model in (Twice(), PerPatch()):
+        with pytest.raises(ValueError, match='once per batch'): embed(model, np.zeros((2, 1, 8, 8), np.uint8))
+        assert not head_of(model)._forward_pre_hooks
+
+def test_the_table_survives_parquet(table, tiny, tmp_path):
+    assert list(table.columns[:7]) == ['path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype'] and vectors_of(table).shape == (len(tiny.index), 96)
+    assert (table.prediction == (table.probability >= .5)).all() and (table.path == tiny.index.path).all()
+    with atomic_path(tmp_path/'e.parquet') as temporary: table.to_parquet(temporary, index=False)
+    back = pd.read_parquet(tmp_path/'e.parquet')
+    assert np.array_equal(vectors_of(back), vectors_of(table)) and (back.dtypes[[f'e{i}' for i in range(96)]] == np.float32).all()
+    assert (back.probability == table.probability).all() and (back.patient == table.patient).all() and (back.label == table.label).all()
+
+def test_columns_that_look_like_embeddings_are_not_taken_for_them(table):
+    assert np.array_equal(vectors_of(table.assign(e=1, extra=2, e1x=3)), vectors_of(table))
+    with pytest.raises(ValueError, match='not finite'): embedding_table(table[:1], np.array([[np.inf]]), np.zeros(1))
+    with pytest.raises(ValueError, match='2 images, 1 embeddings'): embedding_table(table[:2], np.zeros((1, 3)), np.zeros(2))
+
+
+# Maps
+
+def test_the_same_seed_gives_the_same_map(blobs):
+    here = tsne_map(blobs[0], 10, seed=3)
+    assert here.shape == (120, 2) and here.dtype == np.float32 and np.array_equal(here, tsne_map(blobs[0], 10, seed=3))
+    assert not np.array_equal(here, tsne_map(blobs[0], 10, seed=3, init='random')) and not np.array_equal(tsne_map(blobs[0], 10, 1, 'random'), tsne_map(blobs[0], 10, 2, 'random'))
+
+def on_other_cores(vectors, threads, folder):
+    "The map of another process with another number of threads."
+    np.save(folder/'x.npy', vectors)
+    code = f'import numpy as np; from cxr_lab.tsne import tsne_map; np.save({str(folder/"y.npy")!r}, tsne_map(np.load({str(folder/"x.npy")!r}), 10, seed=3))'
+    subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | {'OMP_NUM_THREADS': threads, 'OPENBLAS_NUM_THREADS': threads, 'PYTHONPATH': os.pathsep.join([str(site_check.ROOT), os.environ.get('PYTHONPATH', '')])})
+    return np.load(folder/'y.npy')
+
+def test_on_any_number_of_cores(table, tmp_path): assert np.array_equal(tsne_map(vectors_of(table), 10, seed=3), on_other_cores(vectors_of(table), '5', tmp_path))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('threads', ['1', '5'])
+def test_large_maps_on_any_number_of_cores(tmp_path, threads):
+    many = np.random.default_rng(0).normal(size=(2500, 96)).astype(np.float32)
+    assert np.array_equal(tsne_map(many, 10, seed=3), on_other_cores(many, threads, tmp_path))
+
+def test_it_is_scikit_learns_map(blobs):
+    theirs = TSNE(2, perplexity=10, init='pca', random_state=0).fit_transform(blobs[0])
+    ours = tsne_map(blobs[0], 10, seed=0)
+    near, far = agreement(ours, theirs, 10)
+    assert near > .6 and far > .8  # not equal: the order of sums differs
+
+@pytest.mark.parametrize('perplexity', [0, .5, 40, 1000, float('nan')])
+def test_impossible_perplexities(blobs, perplexity):
+    with pytest.raises(ValueError, match='perplexity'): tsne_map(blobs[0], perplexity)
+
+def test_pca_is_a_projection(blobs):
+    flat = pca_map(blobs[0])
+    from scipy.spatial.distance import pdist
+    assert (pdist(flat) <= pdist(blobs[0]) + 1e-3).all() and abs(np.cov(flat.T)[0, 1]) < 1e-3
+    line = np.outer(np.arange(5.), [3, 4])
+    assert np.allclose(np.abs(np.diff(pca_map(line)[:, 0])), 5, atol=1e-5) and np.allclose(pca_map(line)[:, 1], 0, atol=1e-5)
+
+def test_agreement(blobs):
+    v, _ = blobs
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    assert agreement(v, -2.5 * v @ rotation + 7, 10) == pytest.approx((1, 1), abs=1e-3)
+    near, far = agreement(v, np.random.default_rng(1).normal(size=(120, 3)), 10)
+    assert near == pytest.approx(10 / 119, abs=.04) and abs(far) < .06
+    a, b = v, pca_map(v)
+    slow = np.mean([len({*np.argsort(np.linalg.norm(a - a[i], axis=1), kind='stable')[1:6]} & {*np.argsort(np.linalg.norm(b - b[i], axis=1), kind='stable')[1:6]}) / 5 for i in range(120)])
+    assert agreement(a, b, 5)[0] == pytest.approx(slow, abs=.01)
+    with pytest.raises(ValueError): agreement(v, v[:-1])
+    with pytest.raises(ValueError): agreement(v[:10], v[:10], 10)
+
+
+# Numbers
+
+def test_separation(blobs):
+    v, y = blobs
+    half = np.arange(120) % 2 == 0
+    s = separation(v[half], y[half], v[~half], y[~half], 5)
+    assert s['neighbors'] == s['straight_cut'] == s['auroc'] == 1 and s['silhouette'] == pytest.approx(silhouette_score(v[~half], y[~half]))
+    turned = separation(v[half], y[half], v[~half], 1 - y[~half], 5)
+    assert turned['neighbors'] == 0 and turned['auroc'] == 0 and turned['silhouette'] == pytest.approx(s['silhouette'])
+    ring = np.concatenate([r * np.c_[np.cos(a), np.sin(a)] for r, a in ((1, np.linspace(0, 6, 60)), (9, np.linspace(0, 6, 60)))])
+    s = separation(ring[half], y[half], ring[~half], y[~half], 5)
+    assert s['neighbors'] == 1 and s['auroc'] < .7, 'a ring around the other class: neighbors know, a straight cut does not'
+
+def test_separation_of_the_missing_is_undefined(blobs):
+    v, y = blobs
+    for a, b in ((y, y * 0), (y * 0, y)): assert set(separation(v, a, v, b).values()) == {None}
+
+def test_told_apart(blobs):
+    v, y = blobs
+    assert told_apart(v, y == 1, np.arange(120)) == 1
+    rng = np.random.default_rng(3)
+    same, other = rng.normal(size=(300, 4)), rng.random(300) < .3
+    assert told_apart(same, other, np.arange(300)) == pytest.approx(.5, abs=.12)
+    assert told_apart(same, other, np.arange(300), seed=1) == told_apart(same, other, np.arange(300), seed=1)
+    assert told_apart(v[:4], y[:4] == 1, np.arange(4)) is None and told_apart(v[:20], np.arange(20) < 3, np.arange(20)) is None
+
+def test_nearest_training_images(blobs):
+    v, _ = blobs
+    train, rows = np.arange(0, 120, 2), np.array([1, 7, 119])
+    near, d = nearest_training(v, train, rows, 4)
+    for i, n, x in zip(rows, near, d):
+        order = sorted(train, key=lambda t: np.linalg.norm(v[t] - v[i]))[:4]
+        assert n.tolist() == order and np.allclose(x, [np.linalg.norm(v[t] - v[i]) for t in order], rtol=1e-4)
+    with pytest.raises(ValueError, match='training images themselves'): nearest_training(v, train, np.array([1, 2]))
+
+
+# Drawing
+
+def test_every_image_has_a_group_and_every_group_a_color(table):
+    for by in PALETTES: assert set(groups_of(table, by)) <= set(PALETTES[by]) and len(groups_of(table, by)) == len(table)
+    assert (groups_of(table, 'class') == table.label.map(dict(enumerate(CLASSES)))).all()
+    t = table.assign(label=[0, 0, 1, 1] * 50, prediction=[0, 1, 0, 1] * 50, subtype='')
+    assert groups_of(t, 'answer').tolist()[:4] == ['right', 'false positive', 'false negative', 'right']
+    assert groups_of(t, 'subtype').tolist()[:4] == ['normal', 'normal', 'not known', 'not known']
+    with pytest.raises(ValueError, match='class, subtype, split, answer'): groups_of(table, 'age')
+
+def test_maps_are_drawn_with_all_points(table):
+    import matplotlib.pyplot as plt
+    xy = {'a': np.random.default_rng(0).normal(size=(len(table), 2)), 'b': np.zeros((len(table), 2))}
+    for by in PALETTES:
+        fig = plot_maps({'a': table, 'b': table}, xy, by, {'a': 'A', 'b': 'B'}, 'all')
+        assert [sum(len(line.get_xdata()) for line in ax.lines) for ax in fig.axes] == [len(table)] * 2 and [ax.get_title() for ax in fig.axes] == ['A', 'B']
+        plt.close(fig)
+
+@pytest.mark.parametrize('n', [1, 2, 5, 9, 10])
+def test_the_sheet_has_every_thumbnail_in_its_place(n):
+    grays = np.linspace(0, 255, n).round().astype(np.uint8)
+    file, columns = sprite(np.broadcast_to(grays[:, None, None, None], (n, 1, 40, 40)), 16, quality=90)
+    sheet = np.asarray(Image.open(io.BytesIO(file)).convert('L')).astype(int)
+    assert sheet.shape[1] == columns * 16 and sheet.shape[0] % 16 == 0
+    for i, gray in enumerate(grays): assert abs(sheet[i // columns * 16 + 8, i % columns * 16 + 8] - gray) < 10
+
+def test_too_many_thumbnails():
+    with pytest.raises(ValueError, match='do not fit'): sprite(np.broadcast_to(np.uint8(0), (70_000, 1, 8, 8)), 64)
+
+
+# The page
+
+@pytest.fixture(scope='module')
+def page(table, tiny):
+    xy = np.stack([np.arange(len(table)) % 20, np.arange(len(table)) // 20], 1).astype(np.float32) * [3, 1]  # a grid, three times as wide as high per step
+    other = table.assign(prediction=1 - table.prediction)
+    tables, maps = {'one': table, 'two': other}, {'one': xy, 'two': xy[::-1]}
+    return explorer(page_data(tables, maps, {'one': 'first model', 'two': 'second <model>'}, tiny.pixels, tiny.rows('test'), 16, 'Made-up images & notes.'), 'A <title>')
+
+def test_the_page_knows_everything(page, table, tiny):
+    packed = page.split('id="data">')[1].split('</script>')[0]
+    facts = json.loads(gzip.decompress(base64.b64decode(packed)))
+    assert facts['start'] == 'test' and facts['path'] == table.path.tolist() and facts['sprite']['rows'] == tiny.rows('test').tolist() and facts['sprite']['src'].startswith('data:image/webp')
+    one = facts['models'][0]
+    xy = np.array(one['xy']).reshape(-1, 2)
+    assert one['box'] == xy.max(0).tolist() == [4095, round(4095 * 9 / 57)], 'one scale for both axes'
+    assert np.allclose(np.array(one['percent']) / 1000, table.probability, atol=6e-4)
+    for by, codes in facts['groups'].items(): assert [list(PALETTES[by])[c] for c in codes] == groups_of(table, by).tolist()
+    assert page.count('<script') == 2 and '<title>A &lt;title&gt;</title>' in page
+
+def test_the_same_page_twice(table, tiny):
+    args = {'a': table}, {'a': vectors_of(table)[:, :2]}, {'a': 'A'}, tiny.pixels, tiny.rows('test'), 16
+    assert page_data(*args) == page_data(*args)
+
+def test_other_images_are_refused(table, tiny):
+    maps = {'a': vectors_of(table)[:, :2], 'b': vectors_of(table)[:, :2]}
+    with pytest.raises(ValueError, match='same images'): page_data({'a': table, 'b': table[::-1].reset_index(drop=True)}, maps, dict(a='', b=''), tiny.pixels, [], 0)
+
+def test_a_framed_page_comes_out_as_it_went_in(page):
+    inside = framed(page).split('srcdoc="')[1].split('"></iframe>')[0]
+    assert '"' not in inside and '<' not in inside and html.unescape(inside) == page
+
+@pytest.fixture(scope='module')
+def browser(page, tmp_path_factory):
+    if not site_check.chromium(): pytest.skip('no Chromium here')
+    folder = tmp_path_factory.mktemp('page')
+    (folder/'alone.html').write_text(page, encoding='utf-8')
+    (folder/'framed.html').write_text(f'<!doctype html><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><main>{framed(page)}</main>', encoding='utf-8')
+    with site_check.Browser(folder) as browser: yield browser
+
+READY = 'new Promise(done => { const wait = () => typeof shown !== "undefined" && shown.length ? done(shown.length) : setTimeout(wait, 30); wait() })'
+
+def show(browser, page='alone.html', width=1280, split='all'):
+    "Opens a page and chooses which images are drawn; returns how many."
+    assert browser.open(page, width) == []
+    assert browser.evaluate(READY) == 40 and browser.evaluate('$("split").value') == 'test', 'it begins with the images that have thumbnails'
+    return browser.evaluate(f'(() => {{ $("split").value = "{split}"; $("split").dispatchEvent(new Event("input")); return shown.length }})()')
+
+def point_at(browser, i, kind='mouseMoved'):
+    "Moves the mouse onto an image's circle, or clicks there."
+    x, y = browser.evaluate(f'(() => {{ const r = canvas.getBoundingClientRect(), [a, b] = place({i}); return [r.left + a / devicePixelRatio, r.top + b / devicePixelRatio] }})()')
+    mouse = dict(x=x, y=y, button='none' if kind == 'mouseMoved' else 'left', clickCount=int(kind != 'mouseMoved'))
+    browser.call('Input.dispatchMouseEvent', type='mouseMoved', **mouse | dict(button='none', clickCount=0))
+    if kind == 'click':
+        for part in ('mousePressed', 'mouseReleased'): browser.call('Input.dispatchMouseEvent', type=part, **mouse)
+    return browser.evaluate('({text: $("facts").innerText, thumb: !$("thumb").hidden, at: $("thumb").style.backgroundPosition, current})')
+
+@pytest.mark.parametrize('width', [1280, 390])
+def test_it_answers_a_hover(browser, table, tiny, width):
+    assert show(browser, width=width) == len(table)
+    test = tiny.rows('test')
+    columns = int(np.ceil(np.sqrt(len(test))))
+    for n in (0, 17, 39):
+        told = point_at(browser, test[n])
+        assert told['current'] == test[n] and told['thumb'] and told['at'] == f'{-(n % columns) * 160}px {-(n // columns) * 160}px'.replace('-0px', '0px')
+        assert table.path[test[n]] in told['text'] and CLASSES[table.label[test[n]]] in told['text'] and f'{round(table.probability[test[n]] * 1000) / 1000:.3f}' in told['text']
+    train = point_at(browser, 3)
+    assert train['current'] == 3 and not train['thumb'] and table.path[3] in train['text'], 'no thumbnail is shown that does not belong to it'
+    assert browser.evaluate('document.documentElement.scrollHeight <= innerHeight + 1 && document.documentElement.scrollWidth <= innerWidth')
+    assert browser.evaluate('canvas.clientHeight') > 200 and browser.evaluate('new Set(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data).size') > 8
+
+def test_the_thumbnail_is_the_image(browser, tiny):
+    show(browser, split='test')
+    row = tiny.rows('test')[17]
+    point_at(browser, row)
+    box = browser.evaluate('(() => { const r = $("thumb").getBoundingClientRect(); return {x: r.x, y: r.y, width: r.width, height: r.height, scale: 1} })()')
+    shot = np.asarray(Image.open(io.BytesIO(base64.b64decode(browser.call('Page.captureScreenshot', format='png', clip=box)['data']))).convert('L').resize((8, 8), Image.Resampling.BOX), float)
+    others = {i: np.asarray(Image.fromarray(tiny.pixels[i, 0]).resize((8, 8), Image.Resampling.BOX), float) for i in tiny.rows('test')}
+    assert min(others, key=lambda i: np.abs(others[i] - shot).mean()) == row
+
+def test_models_errors_splits_and_keeping(browser, table):
+    show(browser)
+    def choose(script): return browser.evaluate(f'(() => {{ {script}; return shown.length }})()')
+    def select(name, value): return choose(f'$("{name}").value = "{value}"; $("{name}").dispatchEvent(new Event("input"))')
+    wrong = int((table.label != table.prediction).sum())
+    tick = '$("errors").click()'
+    assert browser.evaluate('$("model").selectedOptions[0].text') == 'second <model>' and choose(tick) == len(table) - wrong
+    assert select('model', '0') == wrong and choose(tick) == len(table)
+    assert select('split', 'test') == 40 and select('split', 'all') == len(table)
+    for by in PALETTES:
+        select('by', by)
+        legend = browser.evaluate('[...$("legend").children].map(e => e.textContent)')
+        assert sorted(legend) == sorted(f'{g} ({n})' for g, n in groups_of(table, by).value_counts().items())
+    kept = point_at(browser, 170, 'click')
+    assert kept['current'] == 170 and point_at(browser, 20)['current'] == 170, 'a click keeps it'
+    before = browser.evaluate('place(170)')
+    select('model', '1')
+    assert browser.evaluate('current') == 170 and browser.evaluate('place(170)') != before
+    browser.evaluate('canvas.focus()')
+    for _ in range(2): browser.call('Input.dispatchKeyEvent', type='keyDown', key='ArrowRight', code='ArrowRight', windowsVirtualKeyCode=39)
+    assert browser.evaluate('current') == 172
+
+def test_it_works_inside_another_page(browser, table):
+    for width in (1280, 390):
+        assert browser.open('framed.html', width) == []
+        inside = 'document.querySelector("iframe").contentWindow'
+        count = browser.evaluate(f'new Promise(done => {{ const wait = () => {inside}.eval("typeof shown !== \'undefined\' && shown.length") ? done({inside}.eval("shown.length")) : setTimeout(wait, 30); wait() }})')
+        assert count == 40 and browser.evaluate(f'{inside}.document.documentElement.scrollWidth') <= width
