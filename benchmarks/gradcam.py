@@ -1,5 +1,5 @@
 "Grad-CAM: cxr_lab.gradcam and the package grad-cam, in turns, on the same model, layer and images; every process's memory apart."
-import os, statistics, subprocess, sys, time
+import gc, os, statistics, subprocess, sys, time
 from functools import partial
 
 from common import arguments, report
@@ -60,22 +60,24 @@ def release(side, work):
     else: work.args[0].activations_and_grads.release()
 
 def peak(name, batch, side):
-    "MB by which a process of its own grows above what it holds with model, images and a first answer: the peak of five calls."
-    code = f'import gradcam; gradcam.measure({name!r}, {batch}, {side!r})'
-    out = subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+    "MB at the peak of five calls above what a fresh process holds with model, images and libraries in use; Linux only."
+    out = subprocess.run([sys.executable, '-c', f'import gradcam; gradcam.measure({name!r}, {batch}, {side!r})'], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
     if out.returncode: raise RuntimeError(out.stderr)
     return float(out.stdout.split()[-1])
 
 def measure(name, batch, side):
-    "Prints the growth of this process's peak. The forward pass alone comes first, for one image: libraries are loaded by then."
-    import resource, torch
+    "Prints what `peak` returns."
+    def status(key):
+        with open('/proc/self/status') as f: return next(int(line.split()[1]) for line in f if line.startswith(key))/1024
     make, x = makers(name, batch)
     work = make[side]()
-    work(x[:1]) if side == 'ours' else work.func(work.args[0], work.args[1][:1], x[:1])
-    with torch.no_grad(): case(name, 1)[0](x[:1])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if side == 'ours': work(x[:1])  # one image first, so that libraries are loaded and threads started
+    else: work.func(work.args[0], work.args[1][:1], x[:1])
+    gc.collect()
+    with open('/proc/self/clear_refs', 'w') as f: f.write('5')  # the highest mark starts at what is held now
+    before = status('VmRSS')
     for _ in range(5): work(x)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/(1024 if sys.platform == 'linux' else 1024**2))
+    print(status('VmHWM') - before)
 
 if __name__ == '__main__':
     a = arguments(__doc__, rounds=(15, 'turns of each side'), small=(64, 'images per batch of the small network'), resnet=(16, 'images per batch of resnet18'))
