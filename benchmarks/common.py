@@ -93,6 +93,7 @@ python benchmarks/training.py   # training with augmentation against the loop th
 python benchmarks/phantoms.py   # making synthetic X-rays
 python benchmarks/gradcam.py    # Grad-CAM against the package grad-cam
 python benchmarks/segment.py    # lung masks against the published U-Net with its image-by-image preprocessing
+python benchmarks/tsne.py       # embeddings against a plain loop, maps against scikit-learn's TSNE
 ```
 
 Each prints a table; `--write` keeps it in `results/` and in this page, `--help` lists the sizes that can be set. `CXR_LAB_DATA` names the folder with the real images;
