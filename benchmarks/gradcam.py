@@ -12,7 +12,9 @@ def case(name, batch, seed=0):
     from cxr_lab.model import build_model
     model, layer, size = CASES[name]
     torch.manual_seed(seed)
-    return build_model(model).eval(), layer, torch.rand(batch, 1, size, size)
+    network = build_model(model).eval()
+    [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1].weight.data.abs_()  # fresh weights may leave a class without a map
+    return network, layer, torch.rand(batch, 1, size, size)
 
 def ours(cam, x): return cam(x, 1).up                          # raw maps, enlarged to the image
 def theirs(cam, targets, x): return cam(x, targets=targets)    # as its documentation calls it: maps scaled to 0..1 each, enlarged by OpenCV
@@ -32,6 +34,7 @@ def same(name, batch):
     from cxr_lab.gradcam import GradCAM
     make, x = makers(name, batch)
     peer = make['theirs']()(x)
+    assert peer.reshape(batch, -1).max(1).min() > .9, 'an empty map'
     model, layer, x = case(name, batch)
     with GradCAM(model, layer) as cam: raw = cam(x, 1).raw
     low, high = raw.min((1, 2), keepdims=True), raw.max((1, 2), keepdims=True)
