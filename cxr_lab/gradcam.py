@@ -239,7 +239,7 @@ def pick_samples(
     found = [c.iloc[[(len(c) - 1) // 2]] for name in CELLS if len(c := p[p.cell == name])]
     return pd.concat(found)[['cell', 'path', 'label', 'probability']] if found else p[['cell', 'path', 'label', 'probability']]
 
-# %% ../nbs/06_gradcam.ipynb #6789c9b2
+# %% ../nbs/06_gradcam.ipynb #96208b7b
 def read_masks(
     folder: Path,            # of masks, laid out as the images, *.png
     paths,                   # (N,) image paths relative to the image folder
@@ -279,7 +279,7 @@ def baseline_maps(
         y, x = (np.arange(s, dtype=np.float32) / (s - 1) - .5 for s in (h, w))
         return np.broadcast_to(np.exp(-(y[:, None] ** 2 + x ** 2) / (2 * .25 ** 2)), (n, h, w)).copy()
     if kind == 'sobel':
-        return np.stack([cv2.magnitude(*(cv2.Sobel(p[0], cv2.CV_32F, dx, 1 - dx) for dx in (1, 0))) for p in pixels])
+        return np.stack([np.hypot(*(cv2.Sobel(p[0], cv2.CV_32F, dx, 1 - dx) for dx in (1, 0))) for p in pixels])  # cv2.magnitude rounds by memory alignment
     raise ValueError(f'unknown baseline {kind!r}; known: random, gaussian, sobel')
 
 # %% ../nbs/06_gradcam.ipynb #55edf3cf
