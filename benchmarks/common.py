@@ -94,6 +94,7 @@ python benchmarks/phantoms.py   # making synthetic X-rays
 python benchmarks/gradcam.py    # Grad-CAM against the package grad-cam
 python benchmarks/segment.py    # lung masks against the published U-Net with its image-by-image preprocessing
 python benchmarks/tsne.py       # embeddings against a plain loop, maps against scikit-learn's TSNE
+python benchmarks/unusual.py    # which images are warned of: false warnings, and each kind that is no upright chest X-ray
 ```
 
 Each prints a table; `--write` keeps it in `results/` and in this page, `--help` lists the sizes that can be set. `CXR_LAB_DATA` names the folder with the real images;

@@ -6,10 +6,11 @@
 __all__ = ['DATASETS', 'QUICK', 'UsageError', 'notebooks_dir', 'lessons', 'select', 'Knob', 'notebook_parameters',
            'check_parameters', 'check_data', 'NotebookFailed', 'RunInUse', 'run_pipeline']
 
-# %% ../nbs/lab/pipeline.ipynb #68c91b45
+# %% ../nbs/lab/pipeline.ipynb #bb87c3d3
 import ast, difflib, hashlib, json, logging, math, os, re, sys, time, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 
 import nbformat
@@ -57,7 +58,7 @@ def select(
     wanted = {_one(name, known) for name in ([names] if isinstance(names, str) else names or [])}
     return [path for stem, path in known.items() if stem in wanted or not wanted]
 
-# %% ../nbs/lab/pipeline.ipynb #0645e012
+# %% ../nbs/lab/pipeline.ipynb #1296ac9b
 @dataclass(frozen=True)
 class Knob:
     "One parameter of a notebook."
@@ -66,9 +67,21 @@ class Knob:
     default: object
     help: str = ''
 
+def _once_per_version(look):
+    "`look(path) -> value` that reads a file again only if it has changed: a sweep asks thousands of times."
+    known = {}
+    @wraps(look)
+    def cached(path):
+        state = os.stat(path)
+        place, version = os.fspath(path), (state.st_mtime_ns, state.st_size, state.st_ino, state.st_dev)
+        if known.get(place, (None,))[0] != version: known[place] = version, look(path)
+        return known[place][1]
+    return cached
+
 def _parameter_cell(nb):
     return next((c for c in nb.cells if c.cell_type == 'code' and 'parameters' in c.metadata.get('tags', [])), None)
 
+@_once_per_version
 def notebook_parameters(
     path: str | os.PathLike,  # a notebook
 ) -> dict[str, Knob]:
@@ -149,7 +162,7 @@ def _unknown(key, knobs):
              for stem, ks in knobs.items()]
     return '\n'.join([f'unknown parameter {key!r}' + (f' (did you mean {close[0]!r}?)' if close else '') + '; known:', *lines])
 
-# %% ../nbs/lab/pipeline.ipynb #e17e0563
+# %% ../nbs/lab/pipeline.ipynb #651a0586
 DATASETS = ('phantom', 'kermany', 'pneumoniamnist')
 QUICK = dict(phantoms=240, epochs=4, batch_size=16, seeds=1, n_boot=200, images=64, marker_phantoms=240, marker_epochs=6)  # where a notebook has the knob and the user did not set it
 
@@ -197,7 +210,7 @@ class NotebookFailed(RuntimeError):
         where = 'before its first cell' if self.cell is None else f'in cell [{self.cell}] `{self.line}`'
         return f'{self.notebook} failed {where}\n  {self.error}\n  partial notebook: {self.partial}'
 
-# %% ../nbs/lab/pipeline.ipynb #ab8e5d99
+# %% ../nbs/lab/pipeline.ipynb #fa6d278a
 def _last_started(partial):
     "Number and first line of the cell that a partial notebook stopped in."
     try: cells = nbformat.read(partial, 4).cells
@@ -207,7 +220,7 @@ def _last_started(partial):
 
 def _first_line(source): return next((line.strip() for line in source.splitlines() if line.strip()), '')
 
-def _execute(path, partial, params, bar):
+def _execute(path, partial, params, bar, manager=None):
     "Runs one notebook through papermill into `partial`; `NotebookFailed` says where it stopped."
     import papermill
     escaped = lambda p: str(p).replace('{', '{{').replace('}', '}}')  # papermill formats paths
@@ -215,18 +228,20 @@ def _execute(path, partial, params, bar):
     try:
         with _quiet_papermill():
             nb = papermill.execute_notebook(escaped(path), escaped(partial), params, kernel_name='python3', language='python',
-                                            progress_bar=bar, start_timeout=120, iopub_timeout=60, kernel_manager_class=_kernel_manager())
+                                            progress_bar=bar, start_timeout=120, iopub_timeout=60, kernel_manager_class=manager or _kernel_manager())
     except papermill.PapermillExecutionError as e: raise failed(f'{e.ename}: {e.evalue}') from e
     except Exception as e: raise failed(f'{type(e).__name__}: {e}') from e  # a dead kernel, a full disk
     if any(o.output_type == 'error' for c in nb.cells if c.cell_type == 'code' for o in c.outputs):
         raise failed('SystemExit: the notebook left before its end')  # papermill takes sys.exit(0) for success
 
-# %% ../nbs/lab/pipeline.ipynb #e399e313
+# %% ../nbs/lab/pipeline.ipynb #174329f1
+@_once_per_version
+def _code_hash(path): return hashlib.sha256(json.dumps(result_code(nbformat.read(path, 4))).encode()).hexdigest()
+
 def _key(path, params):
     "What an execution depends on, besides what earlier notebooks left."
-    code = result_code(nbformat.read(path, 4))
     effective = {k.name: k.default for k in notebook_parameters(path).values() if k.name != 'run_dir'} | params
-    return {'parameters': effective, 'code': hashlib.sha256(json.dumps(code).encode()).hexdigest(), 'cxr_lab': __version__}
+    return {'parameters': effective, 'code': _code_hash(path), 'cxr_lab': __version__}
 
 def _same(status, key): return status is not None and json.loads(json.dumps(key)) == {k: status.get(k) for k in key}
 
@@ -301,23 +316,23 @@ def run_pipeline(
         write_results(run)
     return run
 
-# %% ../nbs/lab/pipeline.ipynb #6ab875da
-def _run_step(path, run, run_dir, params, resume, title):
+# %% ../nbs/lab/pipeline.ipynb #2b465e0a
+def _run_step(path, run, run_dir, params, resume, title, say=_say, manager=None):
     "Runs one notebook of a run, or says that it is complete."
     folder, stem, key = run/path.stem, path.stem, _key(path, params)
     started = folder/'started.json'
     if resume:
         why = _why_run(run, stem, key)
-        if not why: return _say(f'{title}: complete')
-        if why != 'not complete': _say(f'{title}: again, {why}')
+        if not why: return say(f'{title}: complete')
+        if why != 'not complete': say(f'{title}: again, {why}')
     key['upstream'] = _upstream(run, stem)
     if not (resume and started.is_file() and _same(read_json(started), key)): _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'status.json').unlink(missing_ok=True)
     write_json(started, key)
     partial, begin = folder/f'{stem}.partial.ipynb', time.perf_counter()
-    shown = sys.stderr.isatty()
-    try: _execute(path, partial, {'run_dir': run_dir} | params, dict(desc=title, file=sys.stderr) if shown else False)
+    shown = say is _say and sys.stderr.isatty()
+    try: _execute(path, partial, {'run_dir': run_dir} | params, dict(desc=title, file=sys.stderr) if shown else False, manager)
     except KeyboardInterrupt:
         cell, line = _last_started(partial)
         where = '' if cell is None else f' in cell [{cell}] `{line}`'
@@ -327,4 +342,4 @@ def _run_step(path, run, run_dir, params, resume, title):
     os.replace(partial, folder/f'{stem}.ipynb')
     write_json(folder/'status.json', {'notebook': stem, 'id': uuid.uuid4().hex, **key, 'seconds': round(seconds, 1)})
     started.unlink()
-    if not shown: _say(f'{title}: done in {seconds:.0f} s')
+    if not shown: say(f'{title}: done in {seconds:.0f} s')
