@@ -94,6 +94,8 @@ python benchmarks/phantoms.py   # making synthetic X-rays
 python benchmarks/gradcam.py    # Grad-CAM against the package grad-cam
 python benchmarks/segment.py    # lung masks against the published U-Net with its image-by-image preprocessing
 python benchmarks/tsne.py       # embeddings against a plain loop, maps against scikit-learn's TSNE
+python benchmarks/predict.py    # answers for files against a plain loop, without and with heatmaps, and memory over many files
+python benchmarks/sweep.py      # a grid on Dask workers against papermill in a loop
 python benchmarks/unusual.py    # which images are warned of: false warnings, and each kind that is no upright chest X-ray
 ```
 

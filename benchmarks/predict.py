@@ -32,8 +32,8 @@ def plain(network, paths, out=None):
         image = Image.open(path)
         x = prepare(image)[None]
         if out:
-            heat = cam(x)[0]
-            found.append(float(cam.outputs.softmax(1)[0, 1]))
+            heat = cam(x, None)[0]
+            found.append(float(cam.outputs.detach().softmax(1)[0, 1]))
             shown = np.asarray(image.convert('RGB').resize((256, 256)), np.float32)/255
             Image.fromarray(show_cam_on_image(shown, np.asarray(Image.fromarray(heat).resize((256, 256))), use_rgb=True)).save(out/f'{i}.png')
         else:

@@ -119,10 +119,9 @@ def main(a):
         seconds.append((time.process_time() - begin)/len(pixels))
         row = {'images': name, 'number': len(pixels), 'warned of, %': 100*np.mean([bool(r) for r in reasons])}
         if a.masks:
-            some = np.sort(rng.permutation(len(pixels))[:a.masks])
-            masks = segment(segmenter, pixels[some])
-            with_masks = usual.reasons(pixels[some], vectors[some], masks)
-            row |= {'of these with masks': len(some), 'warned of with masks, %': 100*np.mean([bool(r) for r in with_masks])}
+            some = np.arange(len(pixels)) if name == 'test films' else np.sort(rng.permutation(len(pixels))[:a.masks])
+            with_masks = usual.reasons(pixels[some], vectors[some], segment(segmenter, pixels[some]))
+            row |= {'of these, number': len(some), 'warned of without masks, %': 100*np.mean([bool(reasons[i]) for i in some]), 'with masks, %': 100*np.mean([bool(r) for r in with_masks])}
         seen = [r for r in reasons if r]
         return row | {'commonest reason': max(set(seen), key=seen.count) if seen else ''}
     ordinary = [measure('test films', np.array(data.pixels[rows]))]
@@ -140,7 +139,7 @@ def main(a):
     return ordinary + list(strange.values()), checks
 
 if __name__ == '__main__':
-    a = arguments(__doc__, images=(200, 'images of each kind, where they can be made'), masks=(40, 'of each kind are also judged by lung masks; 0 for none'),
+    a = arguments(__doc__, images=(200, 'images of each kind, where they can be made'), masks=(40, 'of each kind are also judged by lung masks, and all test films; 0 for none'),
                   fit=(0, '1: fit anew first, and replace the statistics that come with cxr_lab'))
     load = round(os.getloadavg()[0], 1)
     rows, checks = main(a)

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from .pipeline import _kernel_manager
 
-# %% ../nbs/lab/kernels.ipynb #aea056d5
+# %% ../nbs/lab/kernels.ipynb #19dcc6eb
 def _threads_env(threads):
     "Environment that keeps every library of a step to so many threads."
     names = ('OMP', 'OPENBLAS', 'MKL', 'NUMEXPR')
@@ -37,26 +37,26 @@ def warm_up(
     forkserver.ensure_running()
 
 def serve_kernel(
-    connection_file: str,
-    lock: str,  # file that stays locked while this process lives
+    lock: str,   # file that stays locked while this process lives
+    *argv: str,  # arguments of an IPython kernel
 ):
     "Makes this process a Jupyter kernel."
     from ipykernel.kernelapp import launch_new_instance
     held = FileLock(lock)
     held.acquire(timeout=60)
-    sys.argv = ['ipykernel_launcher', '-f', connection_file]
-    launch_new_instance(argv=['-f', connection_file, '--log-level=CRITICAL'])
+    sys.argv = ['ipykernel_launcher', *argv]
+    launch_new_instance(argv=list(argv))
 
-def _forked_kernel(connection_file, lock, env, cwd):
+def _forked_kernel(lock, argv, env, cwd):
     def follow(parent): parent.join(); os._exit(1)
     threading.Thread(target=follow, args=[multiprocessing.parent_process()], daemon=True).start()
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    serve_kernel(connection_file, lock)
+    serve_kernel(lock, *argv)
 
-# %% ../nbs/lab/kernels.ipynb #8bda0e81
+# %% ../nbs/lab/kernels.ipynb #c626d0c6
 _STARTING = threading.Lock()
 
 @contextmanager
@@ -89,7 +89,7 @@ def kernel_manager(
     Usual = _kernel_manager()
     class Forking(LocalProvisioner):
         async def launch_kernel(self, cmd, **kwargs):
-            self.process = _Forked(self.parent.connection_file, lock, kwargs['env'], kwargs.get('cwd') or os.getcwd())
+            self.process = _Forked(lock, cmd[cmd.index('-f'):], kwargs['env'], kwargs.get('cwd') or os.getcwd())
             self.pid = self.pgid = self.process.pid
             self.cwd = kwargs.get('cwd') or os.getcwd()
             return self.connection_info
@@ -100,5 +100,6 @@ def kernel_manager(
                 self.kernel_id = str(uuid.uuid4())
                 self.provisioner = Forking(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
     if not _forks():
-        Usual.kernel_spec.argv = [sys.executable, '-c', 'import sys; from cxr_lab.kernels import serve_kernel; serve_kernel(*sys.argv[1:])', '{connection_file}', lock]
+        code, usual = 'import sys; from cxr_lab.kernels import serve_kernel; serve_kernel(*sys.argv[1:])', Usual.kernel_spec.argv
+        Usual.kernel_spec.argv = [sys.executable, '-c', code, lock, *usual[usual.index('-f'):]]
     return Manager

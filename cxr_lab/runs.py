@@ -7,10 +7,11 @@ __all__ = ['PREDICTION_COLUMNS', 'SPLITS', 'PACKAGES', 'expect_error', 'atomic_p
            'read_metrics', 'read_predictions', 'write_predictions', 'resolve_run_dir', 'update_json', 'read_status',
            'outdated', 'versions', 'MissingUpstream', 'Step', 'progress']
 
-# %% ../nbs/lab/runs.ipynb #85bccc55
+# %% ../nbs/lab/runs.ipynb #a4431e65
 import errno, json, math, os, platform, re, shutil, sys, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -218,7 +219,15 @@ def _missing(what, notebook, run_dir):
     return MissingUpstream(f"{what} of {notebook} {'are' if what == 'parameters' else 'is'} missing from run '{run_dir}': "
                            f'run notebook {notebook} first, e.g. `cxr-lab run {notebook} --run-dir {run_dir}`')
 
-# %% ../nbs/lab/runs.ipynb #6ea3a89f
+# %% ../nbs/lab/runs.ipynb #59ec4bc1
+def _one_thread():
+    os.environ['OMP_NUM_THREADS'] = '1'  # Lightning looks here before it sets a number
+    if 'torch' in sys.modules: sys.modules['torch'].set_num_threads(1)
+
+@cache
+def _survive_forks(): os.register_at_fork(after_in_child=_one_thread)
+
+# %% ../nbs/lab/runs.ipynb #c9799d53
 class Step:
     "One notebook's place in a run: its folder, what it reads from earlier notebooks, what it leaves."
     _RESERVED = ('parameters', 'versions', 'created', 'updated')
@@ -229,6 +238,7 @@ class Step:
         params: dict,                # the parameters it runs with, plain JSON values
     ):
         if not notebook or Path(notebook).name != notebook: raise ValueError(f'{notebook!r} is not the name of a notebook')
+        if hasattr(os, 'register_at_fork'): _survive_forks()
         self.run_dir, self.name, self.run = Path(run_dir).as_posix(), notebook, resolve_run_dir(run_dir)
         self.dir = self.run/notebook
         try: self.dir.mkdir(parents=True, exist_ok=True)

@@ -412,7 +412,7 @@ def finish_point(
         return dict(state='failed', notebook='', cell=None, line='', error=f'{type(e).__name__}: {e}', partial=None)
     return failure or dict(state='done')
 
-# %% ../nbs/lab/sweep.ipynb #181f3d7b
+# %% ../nbs/lab/sweep.ipynb #184d4cdc
 GB_PER_WORKER = 2  # a training step with its data, rounded up
 
 class SweepFailed(RuntimeError):
@@ -437,7 +437,7 @@ def _cluster(workers, scheduler):
     import dask
     from distributed import Client, LocalCluster
     if scheduler:
-        try: client = Client(scheduler, timeout='30s', set_as_default=False)
+        try: client = Client(scheduler, timeout='10s', set_as_default=False)
         except (OSError, TimeoutError, ValueError) as e: raise UsageError(f'no Dask scheduler answers at {scheduler}: {e}') from None
         with client:
             if not client.nthreads(): _say(f'{scheduler} has no workers yet: waiting for the first')

@@ -121,7 +121,7 @@ def phantom_strangers(
     images = find_data('phantom', n, seed).images
     return np.array(pixel_cache(images, index_images(images)[0], size))
 
-# %% ../nbs/lab/unusual.ipynb #8cee3bb2
+# %% ../nbs/lab/unusual.ipynb #86b7c6eb
 _FORMAT = 'cxr_lab.unusual.1'
 _TENSORS = ('embedding.centers', 'embedding.factor', 'layout.centers', 'layout.factor', 'values.centers', 'values.factor', 'pose.weights', 'pose.constants')
 RESPECTS = {'embedding': 'to the network', 'layout': 'in layout', 'values': 'in brightness and detail'}
@@ -162,7 +162,7 @@ class Unusual:
         return scores, seen, np.exp(values[:, _LEVELS]) - 1 < _BLANK, other
 
     def _usual(self, check, feature):
-        return _distance(feature, self.tensors[f'{check}.centers'], self.tensors[f'{check}.factor'])[0] <= self.info['thresholds'][check]
+        return _distance(feature, self.tensors[f'{check}.centers'], self.tensors[f'{check}.factor']) <= self.info['thresholds'][check]
 
     def reasons(self,
         pixels: np.ndarray,      # (N,1,H,W) uint8
@@ -174,9 +174,12 @@ class Unusual:
         scores, seen, blank, other = self._look(pixels, embeddings)
         beyond = {k: v > self.info['thresholds'][k] for k, v in scores.items()}
         told = np.zeros(len(pixels), bool)  # whether undoing the pose makes layout and values usual; a turn leaves values as they are
-        for i in np.flatnonzero(beyond['pose'] & ~blank):
-            film = 255 - pixels[i:i + 1] if other[i] >= len(_TURNS) else pixels[i:i + 1]
-            told[i] = self._usual('layout', pose(seen[i:i + 1], other[i], undo=True)) and self._usual('values', texture_and_values(standard_size(film))[1])
+        rows = np.flatnonzero(beyond['pose'] & ~blank)
+        if len(rows):
+            undone, negative = np.concatenate([pose(seen[i:i + 1], other[i], undo=True) for i in rows]), other[rows] >= len(_TURNS)
+            told[rows] = self._usual('layout', undone) & (negative | ~beyond['values'][rows])
+            rows = rows[negative & told[rows]]
+            if len(rows): told[rows] = self._usual('values', texture_and_values(standard_size(255 - pixels[rows]))[1])
         if masks is not None and len(masks) != len(pixels): raise ValueError(f'{len(masks)} masks for {len(pixels)} images')
         out = []
         for i in range(len(pixels)):
