@@ -40,4 +40,5 @@ write_json(file.with_suffix('.json'), dict(
 source = find_data(kind)
 data = Dataset(index, pixel_cache(source.images, index, settings['image_size'], settings['aspect']), source)
 fit_unusual(network, data).save(weights/'classifier.usual.safetensors')
+for shipped in weights.iterdir(): shipped.chmod(0o644)  # safetensors writes files that only their owner may read
 print(*(f'{p.name}  {p.stat().st_size/1e6:.2f} MB' for p in sorted(weights.iterdir())), sep='\n')

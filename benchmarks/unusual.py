@@ -99,16 +99,13 @@ def main(a):
     from cxr_lab.model import load_model
     from cxr_lab.segment import load_segmenter, segment
     from cxr_lab.tsne import embed
-    from cxr_lab.unusual import Unusual, fit_unusual
+    from cxr_lab.unusual import Unusual
     if not os.environ.get('CXR_LAB_DATA'): raise SystemExit('the real images are needed; CXR_LAB_DATA names the folder that holds chest_xray/')
     os.environ.setdefault('CXR_LAB_PROGRESS', '0')
     source = find_data('kermany')
     index = split_validation(index_images(source.images)[0])
     data = Dataset(index, pixel_cache(source.images, index, SIZE), source)
     network = load_model(Path(package).parent/'weights'/'classifier.safetensors')[0]
-    if a.fit:
-        fitted = fit_unusual(network, data)
-        fitted.save(Path(package).parent/'weights'/'classifier.usual.safetensors')
     usual, segmenter = Unusual.load(network=network), load_segmenter() if a.masks else None
     rng, rows, seconds = np.random.default_rng(0), data.rows('test'), []
     def measure(name, pixels):
@@ -139,8 +136,7 @@ def main(a):
     return ordinary + list(strange.values()), checks
 
 if __name__ == '__main__':
-    a = arguments(__doc__, images=(200, 'images of each kind, where they can be made'), masks=(40, 'of each kind are also judged by lung masks, and all test films; 0 for none'),
-                  fit=(0, '1: fit anew first, and replace the statistics that come with cxr_lab'))
+    a = arguments(__doc__, images=(200, 'images of each kind, where they can be made'), masks=(40, 'of each kind are also judged by lung masks, and all test films; 0 for none'))
     load = round(os.getloadavg()[0], 1)
     rows, checks = main(a)
     report('unusual', 'Warnings of unusual images', rows, checks, a.write, load=load, images=a.images, masks=a.masks)
