@@ -119,3 +119,44 @@ def test_nothing_heavy_is_imported_at_start():
     code = "import sys, cxr_lab.cli; print([m for m in ('torch', 'pandas', 'numpy', 'papermill', 'nbformat', 'tensorflow') if m in sys.modules])"
     env = os.environ | {'PYTHONPATH': str(Path(cxr_lab.__file__).parent.parent)}
     assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout == '[]\n'
+
+
+@pytest.fixture
+def films(tmp_path, monkeypatch):
+    "Two phantoms and a text file that is named like an image."
+    import cv2
+    from cxr_lab.phantom import make_phantom
+    monkeypatch.chdir(tmp_path)
+    Path('films').mkdir()
+    for label in (0, 1): cv2.imwrite(f'films/{label}.png', make_phantom(label, label, 128).image)
+    Path('films/notes.jpeg').write_text('no image')
+
+def test_predict_writes_answers_and_a_report(films):
+    import pandas as pd
+    result = cli('predict', 'films', '--out', 'out', '--threshold', '0.5')
+    assert result.exit_code == 0 and 'read 2, unreadable 1' in result.stdout and 'report: out/report.html' in result.stdout
+    table = pd.read_csv('out/predictions.csv', keep_default_na=False)
+    assert [Path(p).name for p in table.path] == ['0.png', '1.png', 'notes.jpeg'] and list(table.error != '') == [False, False, True]
+    assert (table.label[:2] == ['PNEUMONIA' if float(p) >= .5 else 'NORMAL' for p in table.probability[:2]]).all()
+    assert 'notes.jpeg' in Path('out/report.html').read_text() and len(list(Path('out/heatmaps').glob('*.png'))) == 2
+    assert cli('predict', 'films', '--out', 'out', '--threshold', '0.5', '--resume', '--strict').exit_code == 1, 'one file is no image'
+    other = cli('predict', 'films', '--out', 'out', '--threshold', '0.6', '--resume')
+    assert other.exit_code == 1 and 'threshold' in other.stderr, 'answers of two thresholds do not go into one table'
+
+def test_predict_fails_if_nothing_can_be_read(films):
+    assert cli('predict', 'films/notes.jpeg', '--out', 'out', '--no-heatmaps').exit_code == 1
+    assert cli('predict', 'films/0.png', '--out', 'out2', '--no-heatmaps', '--strict').exit_code == 0 and not Path('out2/heatmaps').exists()
+    missing = cli('predict', 'films', '--model', 'none.safetensors', '--out', 'out3')
+    assert missing.exit_code == 1 and "'none.safetensors'" in missing.stderr and not Path('out3').exists()
+    assert cli('predict', 'films', '--threshold', '2', '--out', 'out3').exit_code == 1 and not Path('out3').exists()
+
+def test_export_writes_onnx(films):
+    onnx = pytest.importorskip('onnx')
+    assert cli('export', 'm.onnx').exit_code == 0
+    assert [i.name for i in onnx.load('m.onnx').graph.input] == ['pixels']
+
+def test_sweep_plans_without_running(nbs):
+    result = cli('sweep', '--nbs', 'nbs', '-p', 'n=1,2', '-p', 'name=a,b', '--dry-run', '--out', 'runs/s')
+    assert result.exit_code == 0 and '4' in result.stdout and not Path('runs/s').exists()
+    assert cli('sweep', '--nbs', 'nbs', '-p', 'm=1,2', '--dry-run').exit_code == 2
+    assert cli('sweep', '--nbs', 'nbs', '-p', 'n=1,2', '--workers', '1', '--scheduler', 'tcp://127.0.0.1:1').exit_code == 2
