@@ -74,7 +74,7 @@ def run(
         if results['rows']: typer.echo(results_markdown(results) + '\n')
         typer.echo(f'results: {(folder/"results.json").as_posix()}')
 
-# %% ../nbs/lab/cli.ipynb #abd34d0d
+# %% ../nbs/lab/cli.ipynb #dcaf6d8e
 class Dataset(str, Enum):
     "Data sets that can be downloaded."
     kermany = 'kermany'
@@ -145,9 +145,9 @@ def predict(
     model: Annotated[str | None, typer.Option(help='A model file or a run; the model that comes with the package by default.')] = None,
     out: Annotated[str, typer.Option(help='The folder for predictions.csv, heatmaps and report.html.')] = 'predictions',
     threshold: Annotated[str, typer.Option(help="PNEUMONIA from this probability on, or 'validation': the one that the model's training chose.")] = 'validation',
-    segment: Annotated[bool, typer.Option('--segment', help="Find the lungs, too: their outlines, and the share of the heatmap in them.")] = False,
+    segment: Annotated[bool, typer.Option('--segment', help="Find the lungs, too: draw their outlines, and warn where they cannot be right.")] = False,
     heatmaps: Annotated[bool, typer.Option('--heatmaps/--no-heatmaps', help='A picture for each image that shows where the model looked.')] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help='Images at a time.')] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help='Images at a time.')] = 32,
     device: Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:1 ...')] = 'auto',
     strict: Annotated[bool, typer.Option('--strict', help='Exit with 1 if any file could not be read, not only if none could.')] = False,
     resume: Annotated[bool, typer.Option('--resume', help='Go on where the same command was interrupted.')] = False,
@@ -155,11 +155,11 @@ def predict(
     "What a trained model says about X-rays, and where it looked."
     with _exit_codes():
         from cxr_lab.pages import write_report
-        from cxr_lab.predict import Predictor, predict_files
+        from cxr_lab.predict import CAVEAT, Predictor, predict_files
         counts = predict_files(Predictor.load(model, device, threshold, segment), images, out, heatmaps, batch_size, resume)['counts']
         typer.echo(', '.join(f'{k} {n}' for k, n in counts.items()))
-        typer.echo(f'report: {write_report(out).as_posix()}')
-        if not counts['read'] or strict and counts['unreadable']: raise typer.Exit(1)
+        typer.echo(f'report: {write_report(out).as_posix()}\n{CAVEAT}')
+    if not counts['read'] or strict and counts['unreadable']: raise typer.Exit(1)
 
 @app.command()
 def export(

@@ -6,7 +6,7 @@
 __all__ = ['CAVEAT', 'ROW', 'COLUMNS', 'find_model', 'threshold_of', 'open_model', 'to_frame', 'Explained', 'Predictor',
            'to_cell', 'from_cell', 'read_table', 'heatmap_name', 'predict_files', 'export_onnx']
 
-# %% ../nbs/lab/predict.ipynb #604c957b
+# %% ../nbs/lab/predict.ipynb #7a53993f
 import copy, csv, hashlib, io, json, os, re, threading, warnings
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from .data import ASPECTS, CLASSES, to_gray
 from .films import Film, Refused, find_films, read_film
 from .gradcam import GradCAM, Maps, overlay, scale_map
 from .masked import VIEWS, look, look_at_all
-from .model import load_model, save_model, to_float
+from .model import load_model, to_float
 from .runs import atomic_path, progress, read_json, read_metrics, resolve_run_dir, versions, write_json
 from .segment import OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape, tidy
 from .tsne import head_of, inputs_of
@@ -166,7 +166,7 @@ class Explained:
             cv2.drawContours(out, borders, -1, [255 * v for v in to_rgb(OUTLINE_COLORS['network'])], 1, cv2.LINE_AA)
         return out
 
-# %% ../nbs/lab/predict.ipynb #91e8c0ac
+# %% ../nbs/lab/predict.ipynb #4e71485a
 def _device(name):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else torch.device(name)
     if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={name!r}: PyTorch finds no CUDA device here')
@@ -284,7 +284,7 @@ class Predictor:
         except Refused as e: return _Read(path, error=str(e))
         except Exception as e: return _Read(path, error=f'cannot be read (unexpected {type(e).__name__})')  # without its text, which might quote the file
 
-    def _stream(self, items, batch_size=64, heat=False, view=0, workers=None) -> Iterator[list[Explained]]:
+    def _stream(self, items, batch_size=32, heat=False, view=0, workers=None) -> Iterator[list[Explained]]:
         "Answers in batches, in order; at most two batches are read ahead."
         if batch_size < 1: raise ValueError(f'batch_size={batch_size}: at least 1')
         items, ahead, pool = iter(items), deque(), ThreadPoolExecutor(workers or os.cpu_count())
@@ -300,7 +300,7 @@ class Predictor:
 
     def predict(self,
         images,                # path of a file or folder, (H,W) uint8 array, bytes of a file, or an iterable of these
-        batch_size: int = 64,
+        batch_size: int = 32,
     ) -> pd.DataFrame:         # ROW: one row per image, in order
         "A table of answers. An image that cannot be read is a row with the reason in `error`."
         rows = [[getattr(a, k) for k in ROW] for answers in self._stream(_sources(images), batch_size) for a in answers]
@@ -442,7 +442,7 @@ def _continue(out, facts, resume, batch_size):
     rows = _whole_rows(table) if table.exists() else []
     return rows if before['complete'] or not rows else rows[:1 + (len(rows) - 1) // batch_size * batch_size], before['created']
 
-# %% ../nbs/lab/predict.ipynb #c242b6bb
+# %% ../nbs/lab/predict.ipynb #3ac5e793
 def _heatmap(out, answer):
     "Leaves the heatmap of an answer; its name in the table."
     if answer.heat is None: return ''
@@ -470,7 +470,7 @@ def predict_files(
     images,                  # paths of files and folders, or whatever Predictor.predict takes
     out: str | os.PathLike,  # folder for predictions.csv, heatmaps/ and provenance.json
     heatmaps: bool = True,
-    batch_size: int = 64,
+    batch_size: int = 32,
     resume: bool = False,    # continue what an earlier call with the same model and settings left in `out`
     view: int = 256,         # pixels, longer side of a heatmap's picture
     workers: int | None = None,  # threads that read, and threads that save; default: as many as cores
