@@ -6,7 +6,7 @@
 __all__ = ['CAVEAT', 'ROW', 'COLUMNS', 'find_model', 'threshold_of', 'open_model', 'to_frame', 'Explained', 'Predictor',
            'to_cell', 'from_cell', 'read_table', 'heatmap_name', 'predict_files', 'export_onnx']
 
-# %% ../nbs/lab/predict.ipynb #7a53993f
+# %% ../nbs/lab/predict.ipynb #e768f74f
 import copy, csv, hashlib, io, json, os, re, threading, warnings
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from torch import nn
 import cxr_lab
 from . import __version__
 from .data import ASPECTS, CLASSES, to_gray
-from .films import Film, Refused, find_films, read_film
+from .films import MAX_PIXELS, Film, Refused, find_films, read_film
 from .gradcam import GradCAM, Maps, overlay, scale_map
 from .masked import VIEWS, look, look_at_all
 from .model import load_model, to_float
@@ -85,7 +85,7 @@ def open_model(
         raise ValueError(f'{file.name} holds weights that are not finite; its training has diverged')
     return network, info
 
-# %% ../nbs/lab/predict.ipynb #dff6e836
+# %% ../nbs/lab/predict.ipynb #69426cde
 _FINE = 256  # pixels: the square in which lungs are looked for, as in lessons 07 and 08
 
 @dataclass
@@ -98,18 +98,18 @@ class _Read:
     notes: tuple = ()
     error: str = ''
 
-def _decode(source, at_least):
+def _decode(source, at_least, max_pixels):
     "A file's content as a Film; an array is one already."
     if isinstance(source, Refused): raise source
     if isinstance(source, Film): return source
-    if not isinstance(source, np.ndarray): return read_film(source, at_least=at_least)
+    if not isinstance(source, np.ndarray): return read_film(source, at_least=at_least, max_pixels=max_pixels)
     try: image = to_gray(Image.fromarray(source[0] if source.ndim == 3 and len(source) == 1 else source))
     except (TypeError, ValueError) as e: raise Refused(f'an array {source.shape} {source.dtype} is no image: (H,W) uint8 is') from e
     return Film(np.asarray(image), image.width, image.height, 'array', ())
 
-def _prepare(source, size, aspect, fine, view):
+def _prepare(source, size, aspect, fine, view, max_pixels):
     "(pixels, fine, gray, notes) of one image; `Refused` if it cannot be read."
-    def at(scale): return _decode(source, scale)
+    def at(scale): return _decode(source, scale, max_pixels)
     film = at(2 * size)  # as pixel_cache asks for it
     finer, gray = at(2 * _FINE).square(_FINE, aspect) if fine else None, None
     if view:
@@ -166,7 +166,7 @@ class Explained:
             cv2.drawContours(out, borders, -1, [255 * v for v in to_rgb(OUTLINE_COLORS['network'])], 1, cv2.LINE_AA)
         return out
 
-# %% ../nbs/lab/predict.ipynb #4e71485a
+# %% ../nbs/lab/predict.ipynb #be739d76
 def _device(name):
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else torch.device(name)
     if device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device={name!r}: PyTorch finds no CUDA device here')
@@ -204,6 +204,7 @@ class Predictor:
         self.network, self.info, self.file, self.digest, self.device = network.to(device, memory_format=torch.channels_last), info, file, digest, device
         self.threshold, self.rule, self.segment, self.unusual = threshold, rule, segment, unusual
         self.size, self.aspect, self.view = info['image_size'], info['aspect'], info.get('recipe', {}).get('input', '')
+        self.max_pixels = MAX_PIXELS  # that a file may claim
         self._segmenter, self._layer, self._lock = None, '', threading.Lock()
 
     @classmethod
@@ -280,7 +281,7 @@ class Predictor:
     def _read(self, item, outline, view) -> _Read:
         "One image, or why it cannot be read."
         path, source = item
-        try: return _Read(path, *_prepare(source, self.size, self.aspect, outline or bool(self.view), view))
+        try: return _Read(path, *_prepare(source, self.size, self.aspect, outline or bool(self.view), view, self.max_pixels))
         except Refused as e: return _Read(path, error=str(e))
         except Exception as e: return _Read(path, error=f'cannot be read (unexpected {type(e).__name__})')  # without its text, which might quote the file
 
@@ -315,7 +316,7 @@ class Predictor:
         "One image, with its map. `Refused` if it cannot be read."
         outline = self.segment if outline is None else outline
         name = str(image) if isinstance(image, (str, os.PathLike)) else 'image'
-        read = _Read(name, *_prepare(Path(image) if isinstance(image, str) else image, self.size, self.aspect, outline or bool(self.view), view))
+        read = _Read(name, *_prepare(Path(image) if isinstance(image, str) else image, self.size, self.aspect, outline or bool(self.view), view, self.max_pixels))
         return self._answers([read], True, outline, target)[0]
 
 # %% ../nbs/lab/predict.ipynb #06ba6dcf

@@ -297,3 +297,16 @@ def test_with_a_real_predictor(session, tmp_path, xray):
         outline = session.post(url + 'outline', png(xray), headers=token).json()
     expected = predictor.predict(xray).iloc[0]
     assert (a['probability'], a['label'], a['threshold']) == (pytest.approx(expected.probability, abs=1e-6), expected.label, .5) and outline['path'].startswith('M')
+
+def test_a_huge_picture_is_refused_when_served(monkeypatch):
+    "serve lowers the limit of the predictor, which refuses before it unpacks."
+    from cxr_lab import webapp
+    from cxr_lab.films import MAX_PIXELS, Refused
+    from cxr_lab.predict import Predictor
+    class Stop(Exception): pass
+    def listen(*_): raise Stop
+    monkeypatch.setattr(webapp, '_listen', listen)
+    predictor, large = Predictor.load(), png(np.zeros((6400, 6400), np.uint8))
+    with pytest.raises(Stop): webapp.serve(predictor)
+    assert 6400**2 <= MAX_PIXELS and predictor.max_pixels == webapp.MAX_PIXELS
+    with pytest.raises(Refused, match='6400 x 6400 pixels, more than 40,000,000'): predictor.explain(large)
