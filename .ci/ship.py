@@ -5,11 +5,10 @@ from pathlib import Path
 import pandas as pd
 
 import cxr_lab
-from cxr_lab.data import Dataset, find_data, pixel_cache
 from cxr_lab.model import load_model
+from cxr_lab.predict import learn_usual, training_data
 from cxr_lab.runs import atomic_path, read_json, read_metrics, write_json
 from cxr_lab.segment import ATTRIBUTION
-from cxr_lab.unusual import fit_unusual
 
 INTENDED = 'Education and research. Not a diagnostic device.'
 LIMITS = ("Frontal chest radiographs of children aged one to five, all from one hospital (Guangzhou Women and Children's Medical Center); what it says about adults, other hospitals, "
@@ -20,7 +19,7 @@ def copy(source, target):
 
 run, weights = Path(sys.argv[1]), Path(cxr_lab.__file__).parent/'weights'
 facts, seed = read_json(run/'run.json'), run/'04_augment'/'seed_0'
-kind, settings = facts['dataset']['kind'], facts['parameters']['00_data']
+kind = facts['dataset']['kind']
 if kind != 'kermany': sys.exit(f'{run} was computed on {kind!r}; the models that come with cxr_lab are those of the study on real images')
 
 for name in ('lungs.keras', 'lungs.json'): copy(run/'07_segment'/name, weights/name)
@@ -28,8 +27,8 @@ for name in ('lungs.keras', 'lungs.json'): copy(run/'07_segment'/name, weights/n
 file = weights/'classifier.safetensors'
 copy(seed/'model.safetensors', file)
 network, info = load_model(file)
-index = pd.read_csv(run/'00_data'/'index.csv', keep_default_na=False, dtype={'path': str, 'patient': str, 'sha256': str})
-train = index[index.split == 'train']
+data = training_data(run)
+train = data.index[data.index.split == 'train']
 write_json(file.with_suffix('.json'), dict(
     file=file.name, sha256=hashlib.sha256(file.read_bytes()).hexdigest(), bytes=file.stat().st_size, parameters=sum(p.numel() for p in network.parameters()),
     input=[1, info['image_size'], info['image_size']], title='cxr_lab classifier: the small network of the committed study, trained with augmentation',
@@ -37,8 +36,6 @@ write_json(file.with_suffix('.json'), dict(
     **{k: info[k] for k in ('classes', 'threshold', 'aspect', 'scaling', 'recipe', 'best_epoch')}, threshold_rule='largest Youden index on validation', made_by='lesson 04_augment, first seed',
     scores={k: v for k, v in read_metrics(seed/'metrics.json').items() if k.startswith(('val_', 'test_')) or k == 'n'}, intended=INTENDED, limits=LIMITS))
 
-source = find_data(kind)
-data = Dataset(index, pixel_cache(source.images, index, settings['image_size'], settings['aspect']), source)
-fit_unusual(network, data).save(weights/'classifier.usual.safetensors')
+learn_usual(file, data)
 for shipped in weights.iterdir(): shipped.chmod(0o644)  # safetensors writes files that only their owner may read
 print(*(f'{p.name}  {p.stat().st_size/1e6:.2f} MB' for p in sorted(weights.iterdir())), sep='\n')

@@ -151,6 +151,21 @@ def test_predict_fails_if_nothing_can_be_read(films):
     assert missing.exit_code == 1 and "'none.safetensors'" in missing.stderr and not Path('out3').exists()
     assert cli('predict', 'films', '--threshold', '2', '--out', 'out3').exit_code == 1 and not Path('out3').exists()
 
+def test_usual_tells_what_it_wrote_or_why_not(films, monkeypatch):
+    from cxr_lab import predict
+    asked = []
+    monkeypatch.setattr(predict, 'learn_usual', lambda model: asked.append(model) or Path('runs/r/model.usual.safetensors'))
+    assert cli('usual', 'runs/r').stdout == 'runs/r/model.usual.safetensors\n' and asked == ['runs/r']
+    monkeypatch.undo()
+    result = cli('usual', 'runs/none')
+    assert result.exit_code == 1 and "'none'" in result.stderr and result.stdout == ''
+
+def test_predict_says_if_it_cannot_warn(films):
+    from cxr_lab.model import build_model, save_model
+    assert 'cannot tell unusual images' not in cli('predict', 'films', '--out', 'o1', '--no-heatmaps').stderr
+    save_model(Path('m.safetensors'), build_model('small'), dict(model='small', image_size=32, aspect='stretch', threshold=.5))
+    assert 'm.safetensors cannot tell unusual images' in cli('predict', 'films', '--model', 'm.safetensors', '--out', 'o2', '--no-heatmaps').stderr
+
 def test_export_writes_onnx(films):
     onnx = pytest.importorskip('onnx')
     assert cli('export', 'm.onnx').exit_code == 0

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cxr_lab import data
 from cxr_lab.data import (CLASSES, INDEX_COLUMNS, Dataset, Leakage, check_no_leakage, fetch, find_data, fingerprint, index_images, join_identical, leaked_share,
-                          load_dataset, open_image, patient_of, pixel_cache, read_pixels, split_validation, square, subtype_of, to_gray, unpack_images)
+                          load_dataset, open_image, patient_of, pixel_cache, read_file, read_pixels, read_start, split_validation, square, subtype_of, to_gray, unpack_images)
 from cxr_lab.runs import MissingUpstream, Step
 
 
@@ -212,6 +212,72 @@ def test_aspect_rules():
     for aspect in data.ASPECTS: assert square(Image.fromarray(np.full((1, 500), 9, np.uint8)), 16, aspect).max() == 9, 'a line of pixels does not vanish'
 
 
+def test_luma_is_what_a_jpeg_stores():
+    "Colors too: the first component of the file, not a detour over RGB with its rounding; the same at every scale."
+    rng = np.random.default_rng(0)
+    colors = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8))
+    content = encoded(colors, quality=95)
+    stored = Image.open(io.BytesIO(content)); stored.draft('YCbCr', None)
+    assert (np.asarray(open_image(content)) == np.asarray(stored)[..., 0]).all()
+    assert np.abs(np.asarray(open_image(content)).astype(int) - np.asarray(colors.convert('L'))).mean() < 3, 'and that is luma'
+
+def test_white_may_be_zero():
+    "TIFF, photometric interpretation 0: the numbers are of darkness."
+    for bits, a in ((8, RAMP), (16, RAMP.astype(np.uint16) * 257)):
+        negative = encoded(Image.fromarray(a if bits == 8 else a.max() - a), 'TIFF', tiffinfo={262: 0})  # with 8 bits Pillow turns the numbers around by itself
+        assert np.abs(np.asarray(open_image(negative)).astype(int) - RAMP).max() <= 1, bits
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='a shell script')
+@pytest.mark.parametrize('name', ['IM-0001-0001.eps', 'IM-0001-0001.jpeg'])
+def test_content_of_a_file_starts_no_program(root, tmp_path, monkeypatch, name):
+    "Pillow would hand PostScript to Ghostscript, whatever the file is called."
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'bin'/'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/started\n'); (tmp_path/'bin'/'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}/bin:{os.environ["PATH"]}')
+    page = encoded(Image.fromarray(RGB), 'EPS')
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)
+    with pytest.raises(OSError): Image.open(io.BytesIO(page)).load()
+    assert (tmp_path/'started').exists(), 'it does not even with Pillow alone: this proves nothing'
+    (tmp_path/'started').unlink()
+    (root/'train'/'NORMAL'/name).write_bytes(page)
+    rejected = index_images(root)[1]
+    assert rejected.path.tolist() == [f'train/NORMAL/{name}'] and rejected.reason.tolist() == ['not an image'] and not (tmp_path/'started').exists()
+
+
+# Files that are none
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes here')
+def test_pipes_devices_and_links_cost_one_row_each(root):
+    "None of them is waited for, and none is left out without a word."
+    folder = root/'train'/'NORMAL'
+    os.mkfifo(folder/'IM-0900-0001.jpeg')
+    os.symlink('IM-0900-0001.jpeg', folder/'IM-0901-0001.jpeg')
+    os.symlink('/dev/zero', folder/'IM-0902-0001.jpeg')
+    os.symlink('nowhere', folder/'IM-0903-0001.jpeg')
+    os.symlink('../PNEUMONIA', folder/'IM-0904-0001.jpeg')
+    os.symlink('IM-0905-0001.jpeg', folder/'IM-0905-0001.jpeg')
+    os.symlink(first(root, 'test').resolve(), folder/'IM-0906-0001.jpeg')
+    with open(folder/'IM-0907-0001.jpeg', 'wb') as f: f.truncate(data.MAX_BYTES + 1)
+    reasons = index_images(root)[1].set_index('path').reason
+    ordinary = 'not an ordinary file (a pipe, a socket or a device)'
+    assert reasons.to_dict() == {f'train/NORMAL/IM-090{i}-0001.jpeg': why for i, why in {
+        0: ordinary, 1: ordinary, 2: ordinary, 3: 'there is no such file', 4: 'a folder, not a file', 5: f'cannot be read ({os.strerror(errno.ELOOP)})',
+        7: f'the file has {data.MAX_BYTES + 1:,} bytes, more than {data.MAX_BYTES:,}'}.items()}
+    assert 'train/NORMAL/IM-0906-0001.jpeg' in index_images(root)[0].path.tolist(), 'a link to an image is an image'
+
+def test_a_file_that_became_a_pipe(root, tmp_path):
+    index = index_images(root)[0]
+    (root/index.path[0]).unlink(); os.mkfifo(root/index.path[0])
+    with pytest.raises(RuntimeError, match=r'cannot be read any more \(not an ordinary file.*run 00_data again'): pixel_cache(root, index, 32, folder=tmp_path/'caches')
+
+def test_reading_the_start_of_a_file(tmp_path):
+    (tmp_path/'a').write_bytes(b'0123456789'); (tmp_path/'b').touch()
+    assert read_start(tmp_path/'a', 4) == (10, b'0123') and read_start(tmp_path/'a', 40) == (10, b'0123456789') and read_file(tmp_path/'a', 10) == b'0123456789'
+    for wrong, match in [((tmp_path/'a', 9), '10 bytes, more than 9'), ((tmp_path/'b',), 'empty'), ((tmp_path,), 'a folder'), (('a\0b',), 'no such file'), (('\ud800',), 'no such file')]:
+        with pytest.raises(ValueError, match=match): read_file(*wrong)
+
+
 # Patients and splits
 
 def test_patient_keys():
@@ -410,7 +476,9 @@ def test_full_disk_while_the_cache_is_flushed(root, tmp_path, monkeypatch):
     assert cached(tmp_path/'caches') == []
 
 def test_other_errors_of_the_disk_are_not_called_full(root, tmp_path, monkeypatch):
-    def broken(*a, **k): raise OSError(errno.EIO, 'Input/output error')
+    def broken(path, mode, **k):
+        if mode == 'wb': raise OSError(errno.EIO, 'Input/output error')
+        return open(path, mode, **k)
     monkeypatch.setattr(data, 'open', broken, raising=False)
     with pytest.raises(OSError, match='Input/output error'): pixel_cache(root, index_images(root)[0], 32, folder=tmp_path/'caches')
     assert cached(tmp_path/'caches') == []
@@ -723,6 +791,17 @@ def test_a_bomb_that_lies_about_its_size_is_refused(tmp_path):
     file.write_bytes(file.read_bytes().replace(true, lie))
     with pytest.raises(ValueError, match='damaged'): unpack_images(file, tmp_path/'images')
     assert sorted(os.listdir(tmp_path)) == ['a.zip']
+
+def test_a_bomb_of_many_parts_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    "Each member below the limit, and all of them far too much; what is not taken does not count."
+    file = zipped(tmp_path/'a.zip', {'train/NORMAL/a.jpeg': bytes(5000), 'test/NORMAL/b.jpeg': bytes(5001), 'film.mp4': bytes(90_000)}, compression=zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(data, '_LARGEST_ARCHIVE', 10_000)
+    monkeypatch.setattr(zipfile.ZipFile, 'read', lambda *a: pytest.fail('it was unpacked'))
+    with pytest.raises(ValueError, match='a.zip claims to unpack to 10,001 bytes, more than 10,000'): unpack_images(file, tmp_path/'images')
+    assert sorted(os.listdir(tmp_path)) == ['a.zip']
+    monkeypatch.undo()
+    monkeypatch.setattr(data, '_LARGEST_ARCHIVE', 10_001)
+    assert unpack_images(file, tmp_path/'images') == {'train/NORMAL': 1, 'test/NORMAL': 1}
 
 @pytest.mark.parametrize('how', ['cut', 'flipped', 'empty', 'text', 'no images', 'with a password'])
 def test_a_damaged_archive_is_refused(tmp_path, how):

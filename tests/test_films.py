@@ -400,7 +400,7 @@ def test_memory_and_interrupts_are_not_swallowed(monkeypatch):
     for error in (MemoryError, KeyboardInterrupt):
         def stop(*a, **k): raise error
         with monkeypatch.context() as m:
-            m.setattr('cxr_lab.films.open_image', stop)
+            m.setattr('cxr_lab.films.decode_image', stop)
             with pytest.raises(error): read_film(encoded(XRAY, 'PNG'))
             m.setattr('cxr_lab.films._decode', stop)
             with pytest.raises(error): read_film(dicom(XRAY))

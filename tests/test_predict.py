@@ -12,7 +12,7 @@ from filelock import FileLock
 from PIL import Image
 
 from cxr_lab import predict as P
-from cxr_lab.data import CLASSES, pixel_cache, square
+from cxr_lab.data import CLASSES, Dataset, Source, pixel_cache, split_validation, square
 from cxr_lab.films import Refused
 from cxr_lab.gradcam import explain as gradcam_explain
 from cxr_lab.masked import look_at_all
@@ -266,10 +266,73 @@ def test_reading_ahead_is_bounded(predictor, monkeypatch):
     monkeypatch.setattr(predictor, '_read', counted)
     images = (np.full((8, 8), i, np.uint8) for i in range(100))
     for answers in predictor._stream(P._sources(images), batch_size=4, workers=2):
+        assert started[0] <= finished[0] + 4 * (2 + 2), 'a batch for each thread, one in waiting, and the one that was just handed out'
         finished[0] += len(answers)
-        assert started[0] <= finished[0] + 8
     assert finished[0] == 100
     assert next(images, None) is None
+
+# --- what is usual for a model of one's own
+
+@pytest.fixture
+def run(tmp_path, phantom_images, phantom_index):
+    "A run folder as lessons 00 and 04 leave it."
+    folder = tmp_path/'run'
+    saved(folder/'04_augment'/'seed_0'/'model.safetensors')
+    (folder/'00_data').mkdir()
+    split_validation(phantom_index).to_csv(folder/'00_data'/'index.csv', index=False)
+    write_json(folder/'run.json', dict(parameters={'00_data': dict(data=str(phantom_images), phantoms=480, seed=0, image_size=32, aspect='stretch')}))
+    return folder
+
+def test_a_run_knows_its_images(run, phantom_images, phantom_index, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in run.rglob('*')}
+    data = P.training_data(run)
+    assert data.index.path.tolist() == phantom_index.path.tolist() and data.source.images == phantom_images and set(data.index.split) > {'train', 'validation'}
+    np.testing.assert_array_equal(data.pixels, pixel_cache(phantom_images, phantom_index, 32, folder=tmp_path/'cache'))
+    assert {p: p.stat().st_mtime_ns for p in run.rglob('*')} == before, 'nothing in the run is touched'
+
+def test_a_model_of_ones_own_learns_to_warn(run, phantom_images):
+    "Of a negative film and of noise, and hardly of the images that it was tested with; only after it has learnt."
+    film = next((phantom_images/'test').rglob('*.jpeg'))
+    strange = [255 - np.asarray(Image.open(film).convert('L')), np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)]
+    assert P.Predictor.load(run).unusual is None
+    data = P.training_data(run)
+    file = P.learn_usual(run, Dataset(data.index, data.pixels, Source('phantom', phantom_images)))
+    assert file == run/'04_augment'/'seed_0'/'model.usual.safetensors'
+    knowing = P.Predictor.load(run)
+    assert all(knowing.predict(strange).warning)
+    assert (knowing.predict(phantom_images/'test').warning != '').mean() < .25
+
+def test_where_nothing_usual_can_be_learnt(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match='model.safetensors is in no run'): P.learn_usual(saved(tmp_path/'alone'/'model.safetensors'))
+    with pytest.raises(ValueError, match="a view 'lungs'"): P.learn_usual(saved(run/'08_masked'/'lungs'/'model.safetensors', recipe=dict(input='lungs')))
+    with pytest.raises(FileNotFoundError, match="'alone' is no run"): P.training_data(tmp_path/'alone')
+    shutil.rmtree(run/'00_data'); (run/'00_data').mkdir()
+    with pytest.raises(FileNotFoundError, match='00_data has been executed'): P.learn_usual(run)
+    assert not list(tmp_path.rglob('*.usual.*'))
+
+# --- threads
+
+def test_threads_do_not_change_answers_or_settings(predictor, phantom_images):
+    "One batch after another in one thread, or many at once: the same bits; and PyTorch has as many threads afterwards as before."
+    before = torch.get_num_threads()
+    one, many = (pd.concat([pd.DataFrame(b) for b in predictor._stream(P._sources(phantom_images/'test'), batch_size=3, heat=True, view=64, workers=w)]) for w in (1, 5))
+    assert one.probability.tolist() == many.probability.tolist() and one.path.tolist() == many.path.tolist() and all((a == b).all() for a, b in zip(one.heat, many.heat))
+    assert torch.get_num_threads() == before and not any(m._forward_hooks or m._forward_pre_hooks for m in predictor.network.modules())
+
+@pytest.mark.parametrize('name', ['small', 'mobilenet_v3_small', 'vgg11_bn', 'resnet18'])
+def test_folding_changes_no_answer(name):
+    "With statistics far from 0 and 1, as after training."
+    torch.manual_seed(0)
+    net = build_model(name).eval()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2); m.weight.data.uniform_(.5, 2); m.bias.data.normal_()
+    x, before = torch.rand(3, 1, 64, 64), deepcopy(net.state_dict())
+    folded = P._folded(net)
+    with torch.no_grad(): torch.testing.assert_close(folded(x), net(x), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), 'the network itself is left as it was'
+    kinds = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (net, folded)]
+    assert kinds[0] > kinds[1] if name != 'resnet18' else kinds[0] >= kinds[1]
+    assert [n for n, _ in net.named_modules() if n != 'scale'] == [n for n, _ in folded.named_modules() if n != 'scale'], 'layers are found by their names'
 
 # --- the table
 
@@ -359,10 +422,10 @@ def test_ctrl_c_leaves_whole_rows_that_resume_completes(tmp_path, whole, predict
         if len(calls) == 3: raise KeyboardInterrupt
         return answers(*a)
     monkeypatch.setattr(predictor, '_answers', interrupted)
-    with pytest.raises(KeyboardInterrupt, match='stopped after 4 files'): P.predict_files(predictor, films, tmp_path, batch_size=4)
+    with pytest.raises(KeyboardInterrupt, match='stopped after [48] files'): P.predict_files(predictor, films, tmp_path, batch_size=4)
     monkeypatch.undo()
     table, told = P.read_table(tmp_path/'predictions.csv'), read_json(tmp_path/'provenance.json')
-    assert len(table) == 4 == told['counts']['files'] and not told['complete'] and (tmp_path/'predictions.csv').read_bytes().endswith(b'\n')
+    assert len(table) in (4, 8) and len(table) == told['counts']['files'] and not told['complete'] and (tmp_path/'predictions.csv').read_bytes().endswith(b'\n')
     assert contents(whole)['predictions.csv'].startswith((tmp_path/'predictions.csv').read_bytes())
     P.predict_files(predictor, films, tmp_path, batch_size=4, resume=True)
     assert contents(tmp_path) == contents(whole)
