@@ -1,5 +1,6 @@
 "Predictions on files of one's own: the same as the lessons', one row for every file, and nothing lost or half written when a run ends early."
 import csv, io, json, os, shutil, signal, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from threadpoolctl import threadpool_info
 
 from cxr_lab import predict as P
 from cxr_lab.data import CLASSES, Dataset, Source, pixel_cache, split_validation, square
@@ -312,12 +314,19 @@ def test_where_nothing_usual_can_be_learnt(run, tmp_path):
 
 # --- threads
 
-def test_threads_do_not_change_answers_or_settings(predictor, phantom_images):
-    "One batch after another in one thread, or many at once: the same bits; and PyTorch has as many threads afterwards as before."
-    before = torch.get_num_threads()
+def test_threads_do_not_change_answers_or_settings(predictor, phantom_images, monkeypatch):
+    "One batch after another in one thread, or many at once: the same bits; and PyTorch and BLAS have as many threads afterwards as before, also in threads that are still to come."
+    def settings():
+        with ThreadPoolExecutor(1) as fresh: return torch.get_num_threads(), fresh.submit(torch.get_num_threads).result(), [b['num_threads'] for b in threadpool_info() if b['user_api'] == 'blas']
+    before, answers, inside = settings(), predictor._answers, []
+    def looked(*a):
+        inside.append((torch.get_num_threads(), *(b['num_threads'] for b in threadpool_info() if b['user_api'] == 'blas')))
+        return answers(*a)
+    monkeypatch.setattr(predictor, '_answers', looked)
     one, many = (pd.concat([pd.DataFrame(b) for b in predictor._stream(P._sources(phantom_images/'test'), batch_size=3, heat=True, view=64, workers=w)]) for w in (1, 5))
     assert one.probability.tolist() == many.probability.tolist() and one.path.tolist() == many.path.tolist() and all((a == b).all() for a, b in zip(one.heat, many.heat))
-    assert torch.get_num_threads() == before and not any(m._forward_hooks or m._forward_pre_hooks for m in predictor.network.modules())
+    assert settings() == before and before[0] > 1 and {n for row in inside for n in row} == {1}
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in predictor.network.modules())
 
 @pytest.mark.parametrize('name', ['small', 'mobilenet_v3_small', 'vgg11_bn', 'resnet18'])
 def test_folding_changes_no_answer(name):
