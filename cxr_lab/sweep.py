@@ -690,7 +690,8 @@ def compare_to(
     both = both[both.ran_in != both.ran_in_base].drop_duplicates([*against, 'notebook', 'place', 'training_seed', 'metric', 'ran_in', 'ran_in_base'])
     keys, rows = [*against, 'notebook', 'place', 'metric'], []
     for k, g in both.groupby(keys, sort=False, dropna=False):
-        stats, constant = _interval(g.value - g.value_base), (g.value - g.value_base).nunique() < 2
+        apart = g.value - g.value_base
+        stats, constant = _interval(apart), not apart.max() - apart.min() > 1e-9*apart.abs().max()  # up to rounding; a t-test of that means nothing
         rows.append(dict(zip(keys, k)) | dict(n=stats['n'], baseline=float(g.value_base.mean()), difference=stats['mean'], sd=stats['sd'], low=stats['low'], high=stats['high'],
                                               p=math.nan if constant else float(ttest_rel(g.value, g.value_base).pvalue)))
     return pd.DataFrame(rows, columns=[*keys, 'n', 'baseline', 'difference', 'sd', 'low', 'high', 'p'])
