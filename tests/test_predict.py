@@ -496,9 +496,9 @@ def test_killed_at_any_moment(tmp_path, model, phantom_images, predictor):
     folder = phantom_images/'test'
     P.predict_files(predictor, folder, tmp_path/'whole', batch_size=4)
     code = (f'import time; from cxr_lab.predict import *; p = Predictor.load({str(model)!r}, device="cpu"); a = p._answers\n'
-            'def slow(*x): time.sleep(.15); return a(*x)\n'
+            'def slow(*x): time.sleep(.5); return a(*x)\n'
             f'p._answers = slow; print("go", flush=True); predict_files(p, {str(folder)!r}, {str(tmp_path/"out")!r}, batch_size=4, resume=True)')
-    for seconds in (.4, .7, .55):
+    for seconds in (.7, .9, .8):
         with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as process:
             process.stdout.readline()
             time.sleep(seconds)
