@@ -268,8 +268,8 @@ def test_reading_ahead_is_bounded(predictor, monkeypatch):
     monkeypatch.setattr(predictor, '_read', counted)
     images = (np.full((8, 8), i, np.uint8) for i in range(100))
     for answers in predictor._stream(P._sources(images), batch_size=4, workers=2):
-        assert started[0] <= finished[0] + 4 * (2 + 2), 'a batch for each thread, one in waiting, and the one that was just handed out'
         finished[0] += len(answers)
+        assert started[0] <= finished[0] + 4 * (2 + 1), 'a batch for each of two threads, and one in waiting'
     assert finished[0] == 100
     assert next(images, None) is None
 
@@ -340,7 +340,7 @@ def test_folding_changes_no_answer(name):
     with torch.no_grad(): torch.testing.assert_close(folded(x), net(x), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), 'the network itself is left as it was'
     kinds = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (net, folded)]
-    assert kinds[0] > kinds[1] if name != 'resnet18' else kinds[0] >= kinds[1]
+    assert kinds[0] > kinds[1]
     assert [n for n, _ in net.named_modules() if n != 'scale'] == [n for n, _ in folded.named_modules() if n != 'scale'], 'layers are found by their names'
 
 # --- the table
@@ -425,16 +425,15 @@ def test_resume_from_every_kind_of_tear(tmp_path, whole, predictor, films):
         assert told['complete'] and told['counts'] == read_json(whole/'provenance.json')['counts'] and told['created'] == read_json(whole/'provenance.json')['created']
 
 def test_ctrl_c_leaves_whole_rows_that_resume_completes(tmp_path, whole, predictor, films, monkeypatch):
-    answers, calls = predictor._answers, []
-    def interrupted(*a):
-        calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt
-        return answers(*a)
+    answers, fifth = predictor._answers, P.read_table(whole/'predictions.csv').path[4]
+    def interrupted(reads, *a):
+        if reads[0].path == fifth: raise KeyboardInterrupt
+        return answers(reads, *a)
     monkeypatch.setattr(predictor, '_answers', interrupted)
-    with pytest.raises(KeyboardInterrupt, match='stopped after [48] files'): P.predict_files(predictor, films, tmp_path, batch_size=4)
+    with pytest.raises(KeyboardInterrupt, match='stopped after 4 files'): P.predict_files(predictor, films, tmp_path, batch_size=4)
     monkeypatch.undo()
     table, told = P.read_table(tmp_path/'predictions.csv'), read_json(tmp_path/'provenance.json')
-    assert len(table) in (4, 8) and len(table) == told['counts']['files'] and not told['complete'] and (tmp_path/'predictions.csv').read_bytes().endswith(b'\n')
+    assert len(table) == 4 == told['counts']['files'] and not told['complete'] and (tmp_path/'predictions.csv').read_bytes().endswith(b'\n')
     assert contents(whole)['predictions.csv'].startswith((tmp_path/'predictions.csv').read_bytes())
     P.predict_files(predictor, films, tmp_path, batch_size=4, resume=True)
     assert contents(tmp_path) == contents(whole)
