@@ -19,6 +19,7 @@ LAB = sorted(p.stem for p in (REPO/'nbs'/'lab').glob('*.ipynb'))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
 FOUNDATION = ['00_data', '01_explore', '02_model', '03_train', '04_augment', '05_compare']
 STUDY = [p.stem for p in LESSONS]
+BASICS = ['runs', 'cores', 'phantom']  # what lessons import besides earlier lessons
 
 def named(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
@@ -43,9 +44,9 @@ def test_imports_are_read_right():
 def test_a_lesson_imports_only_earlier_lessons_and_the_basics(name):
     module = REPO/'cxr_lab'/f'{name}.py'
     if not module.exists(): pytest.skip(f'lesson {name} exports nothing')
-    for other in imported(module.read_text()): assert other in ('runs', 'phantom') or NUMBER[other] < NUMBER[name], f'{name} imports {other}'
+    for other in imported(module.read_text()): assert other in BASICS or NUMBER[other] < NUMBER[name], f'{name} imports {other}'
 
-@pytest.mark.parametrize('name', ['runs', 'phantom'])
+@pytest.mark.parametrize('name', BASICS)
 def test_the_basics_import_no_lesson(name): assert not imported((REPO/'cxr_lab'/f'{name}.py').read_text()) & set(NUMBER)
 
 @named(LESSONS)

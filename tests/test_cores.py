@@ -1,0 +1,116 @@
+"One process per core, one thread in each: order, equality, errors, interruption, and nobody left behind."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from cxr_lab import cores as module
+from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, one_thread
+
+
+def whose(item): return os.getpid(), item
+
+def threads(_):
+    import cv2, torch
+    from threadpoolctl import threadpool_info
+    (np.eye(200) @ np.eye(200)).sum()
+    pools = {p['num_threads'] for p in threadpool_info() if p['user_api'] == 'blas'}
+    return torch.get_num_threads(), cv2.getNumThreads(), pools, cores()
+
+def test_cores_are_counted_or_said(monkeypatch):
+    monkeypatch.delenv('CXR_LAB_CORES', raising=False)
+    assert 1 <= cores() <= os.cpu_count()
+    monkeypatch.setenv('CXR_LAB_CORES', '7')
+    assert cores() == 7
+    for bad in ('0', '-1', 'two', '1.5'):
+        monkeypatch.setenv('CXR_LAB_CORES', bad)
+        with pytest.raises(ValueError, match='CXR_LAB_CORES'): cores()
+
+def test_memory_limits_the_workers_unless_their_number_is_said(monkeypatch):
+    monkeypatch.setenv('CXR_LAB_CORES', '8')
+    monkeypatch.setattr(module, 'free_memory', lambda: 10e9)
+    assert fit_workers(20) == 8 and fit_workers(3) == 3
+    assert fit_workers(20, memory=2e9) == 4 and fit_workers(20, memory=50e9) == 1
+    assert fit_workers(20, workers=6, memory=2e9) == 6 and fit_workers(2, workers=6) == 2
+    with pytest.raises(ValueError, match='workers=0'): fit_workers(20, workers=0)
+
+def test_free_memory_is_what_the_system_says():
+    assert 0 < free_memory() <= psutil.virtual_memory().total
+
+def test_one_thread_inside_and_as_before_after():
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError), one_thread():
+            assert torch.get_num_threads() == 1
+            1 / 0
+        assert torch.get_num_threads() == 3
+    finally: torch.set_num_threads(before)
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_results_are_in_order_and_computed_where_they_should_be(workers):
+    found = in_processes(whose, range(7), 'items', workers)
+    assert [item for _, item in found] == list(range(7))
+    assert ({pid for pid, _ in found} == {os.getpid()}) == (workers == 1)
+
+def test_nothing_to_do(): assert in_processes(whose, [], 'nothing') == []
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_each_job_has_one_thread(workers):
+    for torch_threads, cv2_threads, blas, inside in in_processes(threads, range(2), 'threads', workers):
+        assert torch_threads == cv2_threads == 1 and blas == {1}
+        assert workers == 1 or inside == 1, 'a worker starts no workers of its own'
+
+def test_functions_of_a_notebook_and_what_they_close_over_travel():
+    large = np.arange(500_000)  # beyond joblib's bound: travels as a file
+    assert in_processes(lambda i: int(large[i]), [3, 499_999], 'closures', 2) == [3, 499_999]
+
+def test_an_error_in_a_worker_is_raised_here_and_the_workers_can_be_used_again():
+    with pytest.raises(ZeroDivisionError): in_processes(lambda i: 1 / (i - 2), range(4), 'fails', 2)
+    assert in_processes(whose, [1, 2], 'again', 2)[0][1] == 1
+
+def test_a_worker_that_dies_is_an_error():
+    with pytest.raises(Exception, match='terminated|died'):
+        in_processes(lambda i: os.kill(os.getpid(), signal.SIGKILL), range(2), 'dies', 2)
+    assert [i for _, i in in_processes(whose, range(2), 'again', 2)] == [0, 1]
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from cxr_lab.cores import in_processes
+folder = Path(sys.argv[1])
+def job(i):
+    (folder/str(os.getpid())).touch()
+    time.sleep(60)
+if __name__ == '__main__':
+    try: in_processes(job, range(4), 'sleeping', 2)
+    except KeyboardInterrupt: sys.exit(7)
+"""
+
+@pytest.mark.skipif(os.name == 'nt', reason='the test sends POSIX signals')
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 7), (signal.SIGKILL, -signal.SIGKILL)])
+def test_when_the_process_ends_its_workers_end(tmp_path, number, code):
+    (tmp_path/'script.py').write_text(SCRIPT)
+    (tmp_path/'pids').mkdir()
+    env = os.environ | {'PYTHONPATH': str(Path(module.__file__).parent.parent)}
+    run = subprocess.Popen([sys.executable, tmp_path/'script.py', tmp_path/'pids'], env=env, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: len(list((tmp_path/'pids').iterdir())) == 2)
+        run.send_signal(number)
+        assert run.wait(30) == code
+        workers = [int(p.name) for p in (tmp_path/'pids').iterdir()]
+        wait(lambda: not any(alive(pid) for pid in workers))
+    finally: run.kill()
+
+def alive(pid):
+    try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess: return False
+
+def wait(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(.05)
