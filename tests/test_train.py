@@ -1,5 +1,5 @@
 "Scores against scikit-learn, intervals against simulation, training that can be repeated to the byte and continued where it stopped."
-import signal, warnings
+import copy, signal, warnings
 
 import numpy as np
 import pandas as pd
@@ -13,8 +13,8 @@ from cxr_lab.augment import Augment
 from cxr_lab.data import Dataset
 from cxr_lab.model import SmallCNN, load_model
 from cxr_lab.runs import Step, read_json, read_metrics, read_predictions
-from cxr_lab.train import (METRICS, Classifier, Pixels, calibration_error, choose_threshold, fit, intervals, make_loader, mean_sd, patient_weights, predict, read_histories,
-                           run_experiment, score, test_table as tabulate, weighted_scores)
+from cxr_lab.train import (METRICS, Pixels, calibration_error, choose_threshold, fit, intervals, kept_epoch, make_loader, mean_sd, patient_weights,
+                           predict, read_histories, run_experiment, score, test_table as tabulate, weighted_scores)
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::UserWarning:pytorch_lightning')
 
@@ -237,6 +237,77 @@ def test_training_learns(tiny, tmp_path):
     net, _ = train_once(tmp_path, tiny, epochs=8, lr=1e-2)
     rows = tiny.rows('test')
     assert score(tiny.labels[rows], predict(net, tiny.pixels[rows]))['auroc'] > .8
+
+def one_cycle(step, steps, start, top, end):
+    "Cosine from start to top over the first quarter of the steps, and from there to the end."
+    peak = .25 * steps - 1
+    share, (a, b) = ((step / peak, (start, top)) if step <= peak
+                     else ((step - peak) / (steps - 1 - peak), (top, end)))
+    return b + (a - b) * (1 + np.cos(np.pi * share)) / 2
+
+def weighted_loss(net, x, y, class_weights):
+    "Cross-entropy by hand, each image with the weight of its class."
+    logits = net(x)
+    minus_log = logits.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]
+    return (class_weights[y] * minus_log).sum() / class_weights[y].sum()
+
+def by_hand(net, data, steps, lr, weight_decay):
+    """All training images in each step, in double precision: the loss before each step, and the
+    averaged network after it, and the weights of the classes."""
+    x, y = (torch.from_numpy(a[data.rows('train')]) for a in (data.pixels / 255., data.labels))
+    class_weights = .5 / torch.stack([(y == 0).double().mean(), (y == 1).double().mean()])
+    net, losses, averaged = copy.deepcopy(net).double(), [], []
+    weights = list(net.parameters())
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for step in range(steps):
+        loss = weighted_loss(net, x, y, class_weights)
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, weights)
+        rate = one_cycle(step, steps, lr / 25, lr, lr / 25e4)
+        beta, gamma, n = one_cycle(step, steps, .95, .85, .95), .999, step + 1
+        with torch.no_grad():
+            for w, g, m, v in zip(weights, gradients, first, second):
+                w.mul_(1 - rate * weight_decay)
+                m.mul_(beta).add_(g, alpha=1 - beta)
+                v.mul_(gamma).add_(g**2, alpha=1 - gamma)
+                w -= rate * m / (1 - beta**n) / ((v / (1 - gamma**n)).sqrt() + 1e-8)
+            mean = copy.deepcopy(net)
+            if averaged:  # over a tenth of the steps so far
+                for a, before in zip(mean.parameters(), averaged[-1].parameters()):
+                    a.copy_(before + (a - before) * 10 / (10 + step))
+        averaged.append(mean)
+    return losses, averaged, class_weights
+
+@pytest.fixture(scope='module')
+def beside(tiny, tmp_path_factory):
+    "A training of 12 steps, one an epoch, and the same one by hand."
+    settings = dict(lr=.02, weight_decay=.5)  # strong, so that it shows in a few steps
+    torch.manual_seed(5)
+    net = torch.nn.Sequential(torch.nn.MaxPool2d(4), torch.nn.Flatten(), torch.nn.Linear(64, 8),
+                              torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    few_ill = tiny.index.label * (np.arange(200) % 2)  # so that the classes' weights differ much
+    data = Dataset(tiny.index.assign(label=few_ill), tiny.pixels, tiny.source)
+    expected = by_hand(net, data, 12, **settings)
+    history = fit(net, data, tmp_path_factory.mktemp('beside'), dict(model='small'), seed=0,
+                  epochs=12, batch_size=120, patience=12, precision='32-true', **settings)
+    return data, net, history, *expected
+
+def test_a_step_is_adamw_at_the_rate_of_one_cycle_on_the_weighted_loss(beside):
+    "Class weights, learning rate, momentum and weight decay of each step show in the next loss."
+    _, _, history, losses, *_ = beside
+    assert len(history) == 12
+    assert np.allclose(history.train_loss, losses, rtol=1e-4, atol=0)
+
+def test_what_is_validated_and_kept_is_the_average_of_the_weights(beside):
+    data, net, history, _, averaged, class_weights = beside
+    rows = data.rows('validation')
+    x, y = torch.from_numpy(data.pixels[rows] / 255.), torch.from_numpy(data.labels[rows])
+    with torch.no_grad(): losses = [weighted_loss(n, x, y, class_weights).item() for n in averaged]
+    assert np.allclose(history.val_loss, losses, rtol=1e-4, atol=0)
+    kept = int(kept_epoch(history).epoch)
+    assert kept > 2, 'the first ones are hardly averages'
+    for w, mean in zip(net.parameters(), averaged[kept].parameters()):
+        assert torch.allclose(w.double(), mean, rtol=1e-3, atol=1e-5)
 
 def test_augmentation_is_for_training_only(tiny, tmp_path):
     seen = []
