@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .data import COLORS
 from .model import to_float
-from .train import METRICS, mean_sd, predict, score
+from .scores import METRICS, mean_sd, score
+from .train import predict
 
 # %% ../nbs/04_augment.ipynb #3b6b7417
 def _between(n, low, high, x): return torch.empty(n, device=x.device).uniform_(low, high)

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from .data import CLASSES, COLORS
 from .runs import Step
-from .train import METRICS, choose_threshold, patient_weights, score, weighted_scores
+from .scores import METRICS, choose_threshold, patient_weights, score, weighted_scores
 
 # %% ../nbs/05_compare.ipynb #3e19bb29
 def load_pair(

@@ -28,7 +28,8 @@ from .data import CLASSES, COLORS, Dataset, Source, cache_dir, index_images, pix
 from .model import build_model, load_model, to_float
 from .phantom import write_phantoms
 from .runs import progress
-from .train import fit, patient_weights, predict
+from .scores import patient_weights
+from .train import fit, predict
 
 # %% ../nbs/06_gradcam.ipynb #571fe17b
 def layer_candidates(

@@ -23,8 +23,9 @@ import cxr_lab
 from .kernels import kernel_manager, warm_up
 from .pipeline import (NotebookFailed, UsageError, _key, _locked, _once_per_version, _one, _plan, _run_step, _say, check_parameters, lessons,
                               select)
-from .report import METRICS, result_code, write_results
+from .report import result_code, write_results
 from .runs import _discard, _full_disk, _write_csv, atomic_path, read_json, read_metrics, read_status, resolve_run_dir, write_json
+from .scores import METRICS
 
 # %% ../nbs/lab/sweep.ipynb #014cd7ad
 _RANGE = re.compile(r'(-?\d+):(-?\d+)(?::(-?[1-9]\d*))?')

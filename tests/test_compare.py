@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 
 from cxr_lab.compare import error_overlap, load_pair, mcnemar, paired_differences
 from cxr_lab.runs import MissingUpstream, Step
-from cxr_lab.train import METRICS, patient_weights
+from cxr_lab.scores import METRICS, patient_weights
 
 SEEDS = [0, 1]
 

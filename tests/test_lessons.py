@@ -9,8 +9,8 @@ import yaml
 
 from cxr_lab.masked import VIEWS
 from cxr_lab.pipeline import notebook_parameters
-from cxr_lab.report import score
 from cxr_lab.runs import read_json, read_metrics, read_predictions
+from cxr_lab.scores import score
 
 REPO = Path(__file__).resolve().parent.parent
 LESSONS = sorted((REPO/'nbs').glob('[0-9][0-9]_*.ipynb'))
@@ -19,7 +19,7 @@ LAB = sorted(p.stem for p in (REPO/'nbs'/'lab').glob('*.ipynb'))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
 FOUNDATION = ['00_data', '01_explore', '02_model', '03_train', '04_augment', '05_compare']
 STUDY = [p.stem for p in LESSONS]
-BASICS = ['runs', 'cores', 'phantom']  # what lessons import besides earlier lessons
+BASICS = ['runs', 'cores', 'phantom', 'scores']  # what lessons import besides earlier lessons
 
 def named(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']
