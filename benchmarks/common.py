@@ -54,15 +54,15 @@ def image_folder(images: int):
     finally: shutil.rmtree(work, ignore_errors=True)
 
 def dataset(root: Path, size: int = 128, validation: bool = True):
-    "A Dataset as lesson 00 makes it, with or without a validation split, and the seconds for the index and for the pixel cache."
+    "A Dataset as lesson 00 makes it, with or without a validation split, and the seconds it took."
     from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation
     begin = time.perf_counter()
-    index, rejected = index_images(root)
+    index, rejected = index_images(root, size=size)
     assert not len(rejected), rejected
-    indexed = time.perf_counter()
     pixels = pixel_cache(root, index, size)
-    cached = time.perf_counter()
-    return Dataset(split_validation(index) if validation else index, pixels, Source('folder', root)), indexed - begin, cached - indexed
+    seconds = time.perf_counter() - begin
+    if validation: index = split_validation(index)
+    return Dataset(index, pixels, Source('folder', root)), seconds
 
 def markdown(rows: list[dict]) -> str:
     head = list(rows[0])

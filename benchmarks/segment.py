@@ -9,9 +9,10 @@ def ours(segmenter, root, folder):
     "Files checked and decoded, segmented in batches, masks cleaned; nothing is reused."
     from cxr_lab.data import index_images, pixel_cache
     from cxr_lab.segment import segment
-    index, rejected = index_images(root)
+    cache = folder/f'{len(list(folder.iterdir()))}'
+    index, rejected = index_images(root, size=256, folder=cache)
     assert not len(rejected), rejected
-    masks = segment(segmenter, pixel_cache(root, index, 256, folder=folder/f'{len(list(folder.iterdir()))}'))
+    masks = segment(segmenter, pixel_cache(root, index, 256, folder=cache))
     assert len(masks) == len(index)
     return masks
 
@@ -19,8 +20,9 @@ def reference_in_batches(model, root, folder):
     "The reference's network and steps, from the pixel cache, in batches: what is gained without another network."
     from cxr_lab.data import index_images, pixel_cache
     from cxr_lab.segment import segment_reference
-    index, _ = index_images(root)
-    masks = segment_reference(model, pixel_cache(root, index, 256, folder=folder/f'{len(list(folder.iterdir()))}'))
+    cache = folder/f'{len(list(folder.iterdir()))}'
+    index, _ = index_images(root, size=256, folder=cache)
+    masks = segment_reference(model, pixel_cache(root, index, 256, folder=cache))
     assert len(masks) == len(index)
     return masks
 

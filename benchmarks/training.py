@@ -51,7 +51,7 @@ if __name__ == '__main__':
     a = arguments(__doc__, images=(5216, 'training images'), epochs=(3, 'epochs of fit'), plain=(2048, 'images of the plain loop'), batch=(64, 'images per batch'))
     load = round(os.getloadavg()[0], 1)
     with image_folder(a.images) as (root, what, work):
-        data, _, _ = dataset(root)
+        data, _ = dataset(root)
         (work/'fit').mkdir()
         rate, whole = ours(data, work/'fit', a.epochs, a.batch)
         plain = {workers: tutorial(root, a.batch, workers, a.plain) for workers in (0, os.cpu_count())}

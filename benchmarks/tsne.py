@@ -33,7 +33,7 @@ if __name__ == '__main__':
         from sklearn.manifold import TSNE
         from cxr_lab.model import build_model
         from cxr_lab.tsne import embed, tsne_map
-        data, _, _ = dataset(root)
+        data, _ = dataset(root)
         torch.manual_seed(0)
         models = [build_model('small') for _ in range(a.models)]
         vectors = [embed(m, data.pixels, a.batch)[0] for m in models]

@@ -103,7 +103,7 @@ def main(a):
     if not os.environ.get('CXR_LAB_DATA'): raise SystemExit('the real images are needed; CXR_LAB_DATA names the folder that holds chest_xray/')
     os.environ.setdefault('CXR_LAB_PROGRESS', '0')
     source = find_data('kermany')
-    index = split_validation(index_images(source.images)[0])
+    index = split_validation(index_images(source.images, size=SIZE)[0])
     data = Dataset(index, pixel_cache(source.images, index, SIZE), source)
     network = load_model(Path(package).parent/'weights'/'classifier.safetensors')[0]
     usual, segmenter = Unusual.load(network=network), load_segmenter() if a.masks else None

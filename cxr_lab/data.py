@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DATASETS', 'CLASSES', 'FOLDERS', 'MAX_PIXELS', 'FORMATS', 'ASPECTS', 'MAX_BYTES', 'INDEX_COLUMNS', 'COLORS',
            'cache_dir', 'resume_download', 'unpack_images', 'fetch', 'Source', 'find_data', 'patient_of', 'subtype_of',
-           'to_gray', 'decode_image', 'open_image', 'square', 'read_pixels', 'read_start', 'read_file',
+           'to_gray', 'decode_image', 'open_image', 'square', 'read_pixels', 'read_start', 'read_file', 'fingerprint',
            'join_identical', 'index_images', 'split_validation', 'Leakage', 'check_no_leakage', 'leaked_share',
-           'fingerprint', 'pixel_cache', 'Dataset', 'load_dataset', 'on_phantoms', 'show_images']
+           'pixel_cache', 'Dataset', 'load_dataset', 'on_phantoms', 'show_images']
 
 # %% ../nbs/00_data.ipynb #c56a59d5
-import errno, hashlib, io, math, os, re, shutil, stat, zipfile, zlib
+import errno, hashlib, io, itertools, math, os, re, shutil, stat, tempfile, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
+from .cores import cores
 from .phantom import write_phantoms
 from .runs import Step, atomic_path, progress, read_json, resolve_run_dir, write_json
 
@@ -299,18 +301,103 @@ def _list_files(root):
     files = {p.relative_to(root): p for p in files}
     return sorted((r.as_posix(), p) for r, p in files.items() if not any(part.startswith('.') for part in r.parts))  # .DS_Store, .ipynb_checkpoints
 
-def _inspect(item):
-    "One row of the index, or (path, reason)."
+def _inspect(item, size=None, aspect='stretch'):
+    "One row of the index, or (path, reason); and the pixels if a size is asked for."
     relative, path = item
     parts = PurePosixPath(relative).parts
-    if len(parts) != 3: return dict(path=relative, reason='not directly in a class folder')
+    if len(parts) != 3: return dict(path=relative, reason='not directly in a class folder'), None
     try:
         content = read_file(path)
-        open_image(content, at_least=64)
+        gray = open_image(content, at_least=2 * size if size else 64)
         image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except ValueError as e: return dict(path=relative, reason=str(e))
-    return dict(path=relative, split=parts[0], label=CLASSES.index(parts[1]), subtype=subtype_of(parts[2]), width=image.width, height=image.height,
-                mode=image.mode, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    except ValueError as e: return dict(path=relative, reason=str(e)), None
+    row = dict(path=relative, split=parts[0], label=CLASSES.index(parts[1]), subtype=subtype_of(parts[2]),
+               width=image.width, height=image.height, mode=image.mode, bytes=len(content),
+               sha256=hashlib.sha256(content).hexdigest())
+    return row, square(gray, size, aspect) if size else None
+
+# %% ../nbs/00_data.ipynb #e1ea4084
+_CACHE_VERSION = 3
+
+def _chunk(size): return max(1, min(256, (32 << 20) // size ** 2))  # images per checksum, 32 MB at most
+
+def fingerprint(index: pd.DataFrame) -> str:
+    "SHA-256 over paths and contents: equal if and only if the images are."
+    rows = '\n'.join(f'{p}\t{h}' for p, h in sorted(zip(index.path, index.sha256)))
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+def _check_size(size, aspect):
+    if not 16 <= size <= 2048: raise ValueError(f'image_size={size}: 16 to 2048 pixels')
+    if aspect not in ASPECTS: raise ValueError(f'aspect={aspect!r}; known: {", ".join(ASPECTS)}')
+
+def _look(function, items, workers, size, desc):
+    "What a function says of each item, in order, as it comes; a chunk of the cache at a time."
+    n = _chunk(size or 64)
+    # Threads are enough: while Pillow decodes and scales and hashlib hashes, others can run.
+    with ThreadPoolExecutor(workers or cores()) as pool, progress(None, desc, len(items)) as bar:
+        for i in range(0, len(items), n):
+            for result in pool.map(function, items[i:i + n]):
+                yield result
+                bar.update(1)
+
+@contextmanager
+def _room_for(n, size):
+    "Says what a full disk has no room for."
+    try: yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC: raise
+        need = n * size * size / 1e6
+        raise OSError(e.errno, f'the disk is full: the pixel cache needs {need:,.0f} MB; nothing was left behind. '
+                               'Free some space or set CXR_LAB_CACHE') from e
+
+def _write_pixels(folder, images, size):
+    "Writes (1,size,size) images, as they come, as one array; returns the CRC-32 of each chunk."
+    n, crc = 0, []
+    def header(file):
+        about = dict(descr='|u1', fortran_order=False, shape=(n, 1, size, size))
+        np.lib.format.write_array_header_1_0(file, about)
+    # Not a memory map: on a full disk a map ends the process with SIGBUS, a write raises OSError.
+    with open(folder/'pixels.npy', 'wb') as file:
+        header(file)
+        while held := [a.tobytes() for a in itertools.islice(images, _chunk(size))]:
+            chunk, n = b''.join(held), n + len(held)
+            file.write(chunk)
+            crc.append(zlib.crc32(chunk))
+        file.seek(0)
+        header(file)  # as long as the first: NumPy leaves room for any number of images
+    return crc
+
+# %% ../nbs/00_data.ipynb #b497eace
+def _open_cache(folder, meta, full=2 << 30):
+    "The mapped array, or None if it is not what `meta` says; beyond `full` bytes, 64 chunks spread over the file are checked instead of all."
+    try:
+        stored, pixels = read_json(folder/'meta.json'), np.load(folder/'pixels.npy', mmap_mode='r')
+    except (OSError, ValueError, EOFError): return None
+    if not isinstance(stored, dict): return None
+    crc, n = stored.pop('crc32', []), _chunk(meta['size'])
+    if stored != meta or pixels.shape != (meta['n'], 1, meta['size'], meta['size']) or pixels.dtype != np.uint8: return None
+    if len(crc) != -(-meta['n'] // n): return None
+    which = range(len(crc)) if pixels.nbytes <= full else np.linspace(0, len(crc) - 1, 64).astype(int)
+    return pixels if all(zlib.crc32(pixels[i * n:(i + 1) * n]) == crc[i] for i in which) else None
+
+def _keep(place, index, size, aspect, write):
+    "The mapped pixels of an index; unless they are there, `write` puts them into a folder and returns their checksums."
+    order = hashlib.sha256('\n'.join(index.path).encode()).hexdigest()
+    meta = dict(version=_CACHE_VERSION, fingerprint=fingerprint(index), order=order,
+                n=len(index), size=size, aspect=aspect)
+    target = place/hashlib.sha256(repr(sorted(meta.items())).encode()).hexdigest()[:20]
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix('.lock')):  # the second of two runs waits and then shares
+        if target.exists():
+            pixels = _open_cache(target, meta)
+            if pixels is not None: return pixels
+            print('the pixel cache is damaged and is made again')
+            shutil.rmtree(target)
+        with _room_for(len(index), size), atomic_path(target) as new:
+            new.mkdir()
+            crc = write(new)
+            write_json(new/'meta.json', meta | {'crc32': crc})
+    return _open_cache(target, meta)
 
 # %% ../nbs/00_data.ipynb #7c9d38a4
 def join_identical(
@@ -328,12 +415,35 @@ def index_images(
     root: Path,             # folder with {train,val,test}/{NORMAL,PNEUMONIA}/
     groups: str = 'names',  # names | image | path of a CSV with columns path, patient
     workers: int | None = None,  # threads; default: as many as cores
+    size: int | None = None,     # pixels: makes the `pixel_cache` of this size in the same pass
+    aspect: str = 'stretch',     # of that cache
+    folder: Path | None = None,  # of that cache; default: the cache folder
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # INDEX_COLUMNS, one row per image sorted by path; and (path, reason) of what is left out
     "Reads and verifies every file; `FileNotFoundError` or `ValueError` where the layout itself is wrong."
     root = Path(root)
     files = _list_files(root)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        rows = list(progress(pool.map(_inspect, files), 'checking files', len(files)))
+    if size is None:
+        rows = [row for row, _ in _look(_inspect, files, workers, None, 'checking files')]
+        return _make_index(root, rows, groups)
+    _check_size(size, aspect)
+    inspect, rows = partial(_inspect, size=size, aspect=aspect), []
+    def images():
+        for row, pixels in _look(inspect, files, workers, size, 'decoding'):
+            rows.append(row)
+            if pixels is not None: yield pixels
+    place = Path(folder or cache_dir()/'pixels')
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.index-', dir=place) as temporary:
+        with _room_for(len(files), size): crc = _write_pixels(Path(temporary), images(), size)
+        index, rejected = _make_index(root, rows, groups)
+        def write(new):
+            os.replace(Path(temporary)/'pixels.npy', new/'pixels.npy')
+            return crc
+        _keep(place, index, size, aspect, write)
+    return index, rejected
+
+def _make_index(root, rows, groups):
+    "Index and rejected files from the rows of all files; where a class is missing, an error."
     rejected = pd.DataFrame([r for r in rows if 'reason' in r], columns=['path', 'reason'])
     index = pd.DataFrame([r for r in rows if 'reason' not in r], columns=[c for c in INDEX_COLUMNS if c != 'patient'])
     for split in sorted({'train', 'test'} | set(index.split)):
@@ -392,15 +502,6 @@ def leaked_share(
     return float(index.patient[index.split == 'validation'].isin(known).mean())
 
 # %% ../nbs/00_data.ipynb #5dcb7e50
-_CACHE_VERSION = 3
-
-def _chunk(size): return max(1, min(256, (32 << 20) // size ** 2))  # images per checksum, 32 MB at most
-
-def fingerprint(index: pd.DataFrame) -> str:
-    "SHA-256 over paths and contents: equal if and only if the images are."
-    rows = '\n'.join(f'{p}\t{h}' for p, h in sorted(zip(index.path, index.sha256)))
-    return hashlib.sha256(rows.encode()).hexdigest()
-
 def _decode(root, size, aspect, row):
     path, expected = row
     try: content = read_file(root/path)
@@ -408,38 +509,12 @@ def _decode(root, size, aspect, row):
     if hashlib.sha256(content).hexdigest() != expected: raise RuntimeError(f'{path} has changed since it was indexed: run 00_data again')
     return read_pixels(content, size, aspect)
 
-def _build_cache(folder, root, index, size, aspect, workers, meta):
-    chunks, rows, n = [], list(zip(index.path, index.sha256)), _chunk(size)
-    try:
-        with atomic_path(folder) as temporary, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            temporary.mkdir()
-            # Plain writes, not a memory map: on a full disk a map ends the process with SIGBUS, a write raises OSError.
-            with open(temporary/'pixels.npy', 'wb') as f, progress(None, 'decoding', len(rows)) as bar:
-                np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=(len(rows), 1, size, size)))
-                for i in range(0, len(rows), n):
-                    chunk = b''.join(a.tobytes() for a in pool.map(partial(_decode, root, size, aspect), rows[i:i + n]))
-                    f.write(chunk)
-                    chunks.append(zlib.crc32(chunk))
-                    bar.update(len(rows[i:i + n]))
-            write_json(temporary/'meta.json', meta | {'crc32': chunks})
-    except OSError as e:
-        if e.errno != errno.ENOSPC: raise
-        need = len(rows) * size * size / 1e6
-        raise OSError(e.errno, f'the disk is full: the pixel cache needs {need:,.0f} MB; nothing was left behind. Free some space or set CXR_LAB_CACHE') from e
+def _build_cache(root, index, size, aspect, workers, folder):
+    "Decodes the images of an index once more, and writes their pixels."
+    decode, rows = partial(_decode, root, size, aspect), list(zip(index.path, index.sha256))
+    return _write_pixels(folder, _look(decode, rows, workers, size, 'decoding'), size)
 
 # %% ../nbs/00_data.ipynb #d495dde4
-def _open_cache(folder, meta, full=2 << 30):
-    "The mapped array, or None if it is not what `meta` says; beyond `full` bytes, 64 chunks spread over the file are checked instead of all."
-    try:
-        stored, pixels = read_json(folder/'meta.json'), np.load(folder/'pixels.npy', mmap_mode='r')
-    except (OSError, ValueError, EOFError): return None
-    if not isinstance(stored, dict): return None
-    crc, n = stored.pop('crc32', []), _chunk(meta['size'])
-    if stored != meta or pixels.shape != (meta['n'], 1, meta['size'], meta['size']) or pixels.dtype != np.uint8: return None
-    if len(crc) != -(-meta['n'] // n): return None
-    which = range(len(crc)) if pixels.nbytes <= full else np.linspace(0, len(crc) - 1, 64).astype(int)
-    return pixels if all(zlib.crc32(pixels[i * n:(i + 1) * n]) == crc[i] for i in which) else None
-
 def pixel_cache(
     root: Path,            # folder the index was made from
     index: pd.DataFrame,   # N rows of index_images
@@ -449,21 +524,9 @@ def pixel_cache(
     workers: int | None = None,  # threads
 ) -> np.memmap:            # (N,1,size,size) uint8, row i is row i of the index; read-only
     "Decoded pixels of all images, built once and then mapped. `RuntimeError` if a file is gone or has changed, `OSError` if the disk is full."
-    if not 16 <= size <= 2048: raise ValueError(f'image_size={size}: 16 to 2048 pixels')
-    if aspect not in ASPECTS: raise ValueError(f'aspect={aspect!r}; known: {", ".join(ASPECTS)}')
-    meta = dict(version=_CACHE_VERSION, fingerprint=fingerprint(index), order=hashlib.sha256('\n'.join(index.path).encode()).hexdigest(),
-                n=len(index), size=size, aspect=aspect)
-    key = hashlib.sha256(repr(sorted(meta.items())).encode()).hexdigest()[:20]
-    target = Path(folder or cache_dir()/'pixels')/f'{key}'
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix('.lock')):  # the second of two runs waits and then shares
-        if target.exists():
-            pixels = _open_cache(target, meta)
-            if pixels is not None: return pixels
-            print('the pixel cache is damaged and is made again')
-            shutil.rmtree(target)
-        _build_cache(target, Path(root), index, size, aspect, workers, meta)
-    return _open_cache(target, meta)
+    _check_size(size, aspect)
+    build = partial(_build_cache, Path(root), index, size, aspect, workers)
+    return _keep(Path(folder or cache_dir()/'pixels'), index, size, aspect, build)
 
 # %% ../nbs/00_data.ipynb #ac59f376
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ def marker_dataset(
     "Phantoms with a letter in the corner, made once and kept in the cache folder."
     root = write_phantoms(cache_dir()/f'phantoms-{n}-{seed}-marker-{correlation:g}', n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, marker_correlation=correlation, test_shift=0.)
     source = Source('phantom', root/'chest_xray', root/'lung_masks', root/'opacity_masks')
-    index, _ = index_images(source.images)
+    index, _ = index_images(source.images, size=size)
     index = split_validation(index, seed=seed)
     return Dataset(index, pixel_cache(source.images, index, size), source)
 

@@ -119,7 +119,8 @@ def phantom_strangers(
 ) -> np.ndarray:     # (M,1,size,size) uint8
     "Phantoms as the lessons read them: from files."
     images = find_data('phantom', n, seed).images
-    return np.array(pixel_cache(images, index_images(images)[0], size))
+    index, _ = index_images(images, size=size)
+    return np.array(pixel_cache(images, index, size))
 
 # %% ../nbs/lab/unusual.ipynb #86b7c6eb
 _FORMAT = 'cxr_lab.unusual.1'

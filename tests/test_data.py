@@ -381,7 +381,7 @@ def cache(root, tmp_path):
 def built(monkeypatch):
     "Counts how often a cache is built."
     calls, build = [], data._build_cache
-    monkeypatch.setattr(data, '_build_cache', lambda *a: (calls.append(1), build(*a)))
+    monkeypatch.setattr(data, '_build_cache', lambda *a: (calls.append(1), build(*a))[1])
     return calls
 
 def test_cache_holds_the_index_in_its_order(cache, monkeypatch):
@@ -489,6 +489,61 @@ def test_an_interrupted_build_leaves_nothing(root, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): pixel_cache(root, index_images(root)[0], 32, folder=tmp_path/'caches')
     assert cached(tmp_path/'caches') == []
 
+def files_in(folder): return {p.relative_to(folder): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+def broken_files(root):
+    "Two files that are left out, among the others in the order of paths."
+    (root/'train'/'NORMAL'/'IM-0000-0000.jpeg').write_bytes(b'no image')
+    (root/'train'/'PNEUMONIA'/'person1_virus_0.jpeg').write_bytes(encoded(gray(seed=7), 'JPEG')[:300])
+
+@pytest.mark.parametrize('chunk,aspect', [(256, 'stretch'), (4, 'pad'), (5, 'crop'), (12, 'stretch')])
+def test_one_pass_makes_the_same_index_and_the_same_cache(root, tmp_path, monkeypatch, chunk, aspect):
+    broken_files(root)
+    monkeypatch.setattr(data, '_chunk', lambda size: chunk)
+    index, rejected = index_images(root)
+    pixels = np.array(pixel_cache(root, index, 32, aspect, folder=tmp_path/'two'))
+    opened, reader = [], data.open_image
+    monkeypatch.setattr(data, 'open_image', lambda *a, **k: (opened.append(1), reader(*a, **k))[1])
+    calls = built(monkeypatch)
+    once = index_images(root, size=32, aspect=aspect, folder=tmp_path/'one')
+    assert once[0].equals(index) and once[1].equals(rejected) and len(rejected) == 2
+    assert files_in(tmp_path/'one') == files_in(tmp_path/'two') and len(files_in(tmp_path/'one')) == 3
+    assert np.array_equal(pixel_cache(root, once[0], 32, aspect, folder=tmp_path/'one'), pixels)
+    assert len(opened) == len(index) + 2 and not calls, 'each file is decoded once'
+
+def test_one_pass_keeps_a_sound_cache_and_replaces_a_damaged_one(root, tmp_path, capsys):
+    folder = tmp_path/'caches'
+    index = index_images(root, size=32, folder=folder)[0]
+    file = next(folder.glob('*/pixels.npy'))
+    before = file.stat().st_ino
+    index_images(root, size=32, folder=folder)
+    assert file.stat().st_ino == before and len(cached(folder)) == 1
+    content = bytearray(file.read_bytes()); content[-1] ^= 1; file.write_bytes(content)
+    index_images(root, size=32, folder=folder)
+    assert 'damaged and is made again' in capsys.readouterr().out
+    assert (pixel_cache(root, index, 32, folder=folder)[-1] == read_pixels((root/index.path.iloc[-1]).read_bytes(), 32)).all()
+
+@pytest.mark.parametrize('why', ['layout', 'disk', 'interrupt', 'names'])
+def test_one_pass_that_fails_leaves_nothing(root, tmp_path, monkeypatch, why):
+    folder, fails = tmp_path/'caches', (ValueError, 'holds no readable image')
+    if why == 'layout': shutil.rmtree(root/'test'/'NORMAL'); (root/'test'/'NORMAL').mkdir()
+    if why == 'names': (root/'train'/'NORMAL'/'holiday.jpeg').write_bytes(encoded(gray(seed=1))); fails = ValueError, 'does not name a patient'
+    if why == 'disk':
+        monkeypatch.setattr(data, 'open', lambda *a, **k: Full(open(*a, **k), 7000), raising=False)
+        monkeypatch.setattr(data, '_chunk', lambda size: 4)
+        fails = OSError, 'the disk is full: the pixel cache needs'
+    if why == 'interrupt':
+        def interrupted(*a): raise KeyboardInterrupt
+        monkeypatch.setattr(data, 'square', interrupted)
+        fails = KeyboardInterrupt, None
+    with pytest.raises(fails[0], match=fails[1]): index_images(root, size=32, folder=folder)
+    assert cached(folder) == []
+
+def test_one_pass_refuses_impossible_sizes_before_it_reads(root, monkeypatch):
+    monkeypatch.setattr(data, '_inspect', None)
+    with pytest.raises(ValueError, match='image_size=8: 16 to 2048'): index_images(root, size=8)
+    with pytest.raises(ValueError, match="aspect='squash'"): index_images(root, size=32, aspect='squash')
+
 def test_impossible_sizes(root):
     index = index_images(root)[0]
     for size in (0, 15, 2049, -1):
@@ -506,7 +561,7 @@ def test_two_processes_share_one_cache(root, tmp_path):
         from cxr_lab import data
         root, table, folder = map(Path, sys.argv[1:])
         build = data._build_cache
-        def slow(*a): print('built'); time.sleep(1); build(*a)
+        def slow(*a): print('built'); time.sleep(1); return build(*a)
         data._build_cache = slow
         index = pd.read_csv(table, keep_default_na=False)
         (table.parent/f'ready{time.time_ns()}').touch()
@@ -563,7 +618,7 @@ def test_a_chunk_is_bounded_in_bytes(tmp_path, monkeypatch):
         def write(self, content): held.append(len(content)); return len(content)
     monkeypatch.setattr(data, 'open', lambda *a, **k: Watched(open(*a, **k), 0), raising=False)
     index = pd.DataFrame(dict(path=[f'{i}' for i in range(60)], sha256='x'))
-    data._build_cache(tmp_path/'c', tmp_path, index, 2048, 'stretch', 2, {})
+    data._build_cache(tmp_path, index, 2048, 'stretch', 2, tmp_path)
     assert sum(held) > 60 * 2**22 and max(held) <= 64 * 2**20
 
 
