@@ -26,7 +26,6 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 
 from .cores import cores
 from .phantom import write_phantoms
@@ -466,6 +465,30 @@ def _patients_from_csv(file, index):
     return patient
 
 # %% ../nbs/00_data.ipynb #26901a78
+def _first_fold(labels, patients, folds, seed):
+    "Rows of the first of some folds: patients whole, classes as evenly shared out as they allow."
+    patient, names = pd.factorize(np.asarray(patients), sort=True)
+    counts = np.zeros((len(names), len(CLASSES)))  # images of each patient by class
+    np.add.at(counts, (patient, labels), 1)
+    order = np.arange(len(names))
+    np.random.RandomState(seed).shuffle(order)
+    counts, total = counts[order], counts.sum(0)
+    held = np.zeros((folds, len(CLASSES)))         # images of each fold by class, so far
+    fold, each = np.empty(len(names), int), np.arange(folds)
+    for i in np.argsort(-counts.std(1), kind='stable'):  # patients who matter most come first
+        shares = np.repeat(held[None], folds, 0)   # [k]: if this patient went into fold k
+        shares[each, each] += counts[i]
+        shares /= total
+        shares -= shares.sum(1, keepdims=True) / folds
+        uneven = (np.sqrt((shares * shares).sum(1) / folds).sum(1) / len(CLASSES)).tolist()
+        images, best = held.sum(1).tolist(), 0
+        for k in range(1, folds):  # the most even; of about equals, the fold with fewer images
+            close = abs(uneven[k] - uneven[best]) <= 1e-8 + 1e-5 * uneven[best]
+            if uneven[k] < uneven[best] or close and images[k] < images[best]: best = k
+        held[best] += counts[i]
+        fold[order[i]] = best
+    return np.flatnonzero(fold[patient] == 0)
+
 def split_validation(
     index: pd.DataFrame,     # of index_images
     fraction: float = 0.15,  # share of the training images, approximately: patients stay whole
@@ -478,7 +501,7 @@ def split_validation(
     folds = round(1 / fraction)
     if per_class.min() < folds: raise ValueError(f'{per_class.min()} patients of class {CLASSES[per_class.idxmin()]} in train are too few for '
                                                  f'val_fraction={fraction}: at least {folds} are needed')
-    _, held_out = next(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(train, train.label, train.patient))
+    held_out = _first_fold(train.label.to_numpy(), train.patient, folds, seed)
     split = index.split.replace({'val': 'official_val'})
     split[train.index[held_out]] = 'validation'
     return index.assign(split=split)

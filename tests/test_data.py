@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
 
 from cxr_lab import data
 from cxr_lab.data import (CLASSES, INDEX_COLUMNS, Dataset, Leakage, check_no_leakage, fetch, find_data, fingerprint, index_images, join_identical, leaked_share,
@@ -344,6 +345,20 @@ def test_validation_split_is_grouped_stratified_and_seeded(fraction):
         assert abs(len(held) / (len(train) + len(held)) - fraction) < .06 and abs(held.label.mean() - train.label.mean()) < .12
         assert (split_validation(index, fraction, seed).split == done.split).all()
         assert (split_validation(index, fraction, seed + 1).split != done.split).any()
+
+@pytest.mark.parametrize('n', [150, 400, 3000])
+@pytest.mark.parametrize('folds', [2, 3, 7, 10])
+def test_validation_split_is_that_of_scikit_learn(n, folds):
+    "Row for row: the split of a study must not depend on the version of a library, or on its speed."
+    for seed, images in enumerate([1, 2, 3.5]):
+        rng = np.random.default_rng(seed)
+        who = rng.integers(0, int(n / images), n)
+        label = np.where(rng.random(n) < .05, 1, who % 3 > 0).astype(int)  # some patients have both
+        index = pd.DataFrame(dict(split='train', label=label, patient=[f'person{i}' for i in who]))
+        done = split_validation(index, 1 / folds, seed)
+        by = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        _, held_out = next(by.split(index, index.label, index.patient))
+        assert np.array_equal(np.flatnonzero(done.split == 'validation'), held_out), seed
 
 @pytest.mark.parametrize('fraction', [0, -.1, .51, 1, 15, float('nan')])
 def test_impossible_fractions(fraction):
