@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'CELLS', 'layer_candidates', 'Maps', 'GradCAM', 'explain', 'scale_map', 'overlay', 'show_explained',
            'confusion_cells', 'pick_samples', 'read_masks', 'lung_mass_ratio', 'baseline_maps', 'deletion_insertion',
-           'auc', 'mean_interval', 'similarity', 'randomization_check', 'marker_dataset', 'marker_boxes',
+           'auc', 'mean_interval', 'similarity', 'randomization_check', 'marker_datasets', 'marker_boxes',
            'pointing_game']
 
 # %% ../nbs/06_gradcam.ipynb #9d9b9f9b
@@ -26,7 +26,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from .data import CLASSES, COLORS, Dataset, Source, cache_dir, index_images, pixel_cache, read_pixels, split_validation
 from .model import build_model, load_model, to_float
-from .phantom import write_phantoms
+from .phantom import write_marked
 from .runs import progress
 from .scores import patient_weights
 from .train import fit, predict
@@ -365,18 +365,23 @@ def randomization_check(
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_gradcam.ipynb #a03538ed
-def marker_dataset(
-    correlation: float,  # phi of marker and label: 1 only and always on PNEUMONIA, 0 tells nothing
+def marker_datasets(
+    correlations: tuple, # phi of marker and label: 1 only and always on PNEUMONIA, 0 tells nothing
     n: int = 800,        # training images, validation included
     size: int = 128,     # pixels
     seed: int = 0,
-) -> Dataset:            # splits train, validation, test; test is exposed as train is
-    "Phantoms with a letter in the corner, made once and kept in the cache folder."
-    root = write_phantoms(cache_dir()/f'phantoms-{n}-{seed}-marker-{correlation:g}', n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, marker_correlation=correlation, test_shift=0.)
-    source = Source('phantom', root/'chest_xray', root/'lung_masks', root/'opacity_masks')
-    index, _ = index_images(source.images, size=size)
-    index = split_validation(index, seed=seed)
-    return Dataset(index, pixel_cache(source.images, index, size), source)
+) -> list[Dataset]:      # one per correlation; splits train, validation, test; test is exposed as train is
+    "Phantoms with a letter in the corner, the same children in each set, made once and kept in the cache folder."
+    roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}' for phi in correlations}
+    marked = {root: phi for phi, root in roots.items()}
+    write_marked(marked, n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, test_shift=0.)
+    sets = []
+    for root in roots.values():
+        source = Source('phantom', root/'chest_xray', root/'lung_masks', root/'opacity_masks')
+        index, _ = index_images(source.images, size=size)
+        index = split_validation(index, seed=seed)
+        sets.append(Dataset(index, pixel_cache(source.images, index, size), source))
+    return sets
 
 def marker_boxes(
     n: int, size: int,

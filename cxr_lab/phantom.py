@@ -6,18 +6,20 @@
 __all__ = ['Z', 'SUBTYPES', 'LUNG_MM', 'SPLITS', 'CLASSES', 'attenuation', 'profile', 'View', 'Ellipsoid', 'Stack', 'length',
            'meet', 'covered', 'Tubes', 'splat', 'Build', 'air', 'Spine', 'Anatomy', 'sample_patient', 'trace',
            'optical_depth', 'Disease', 'sample_disease', 'opacity', 'fluid', 'expose', 'Exposure', 'sample_exposure',
-           'display', 'Phantom', 'render', 'make_phantom', 'mosaic', 'write_phantoms']
+           'display', 'Phantom', 'render', 'make_phantom', 'mosaic', 'write_phantoms', 'write_marked']
 
 # %% ../nbs/lab/phantom.ipynb #5576eacc
-import csv, math, os, shutil
-from concurrent.futures import ThreadPoolExecutor
+import csv, math, os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .runs import atomic_path, progress, read_json, write_json
+from .cores import in_processes
+from .runs import atomic_path, read_json, write_json
 
 # %% ../nbs/lab/phantom.ipynb #97121e3d
 _KEV = (40., 60., 80.)  # photon energies of the tables below
@@ -600,16 +602,8 @@ def _marker(rng, size):
     page, thick = np.zeros((size, size), np.uint8), max(1, round(size / 224))
     return cv2.putText(page, 'R', (int(x), int(y)), cv2.FONT_HERSHEY_DUPLEX, scale, 255, thick, cv2.LINE_AA) / np.float32(255)
 
-def render(
-    anatomy: Anatomy,
-    rng: np.random.Generator,
-    size: int = 224,                 # pixels along each side
-    disease: Disease | None = None,
-    marker: bool = False,
-    shift: float = 0.,               # of exposure and contrast, 1 = the test split's
-    patient: int = 0,                # number to write into the phantom
-) -> Phantom:
-    "One radiograph of a child: pose, exposure, noise and display are random, the anatomy and the disease are given."
+def _expose_child(anatomy, rng, size, disease, shift):
+    "An image without marker, the marker that it might get, the lungs, the opacities."
     _check_size(size)
     view = View(size, fov=_between(rng, 215, 245), roll=rng.normal(0, 2.2), yaw=rng.normal(0, 3), squeeze=_between(rng, .98, 1.12),
                 centre=(rng.normal(0, 4), .45*anatomy.build.height + rng.normal(0, 6)))
@@ -621,7 +615,22 @@ def render(
         shape, share = opacity(disease, view)
         tau += fluid(share, paths, mu, e.density); opaque = lung & (shape > .5)
     image = display(expose(tau, view.pixel, rng, e.photons, e.scatter), paths['body'] > 60, e, view.pixel)
-    if marker: image = (image*(1 - letter) + 245*letter + .5).astype(np.uint8)
+    return image, letter, lung, opaque
+
+def _mark(image, letter): return (image*(1 - letter) + 245*letter + .5).astype(np.uint8)
+
+def render(
+    anatomy: Anatomy,
+    rng: np.random.Generator,
+    size: int = 224,                 # pixels along each side
+    disease: Disease | None = None,
+    marker: bool = False,
+    shift: float = 0.,               # of exposure and contrast, 1 = the test split's
+    patient: int = 0,                # number to write into the phantom
+) -> Phantom:
+    "One radiograph of a child: pose, exposure, noise and display are random, the anatomy and the disease are given."
+    image, letter, lung, opaque = _expose_child(anatomy, rng, size, disease, shift)
+    if marker: image = _mark(image, letter)
     return Phantom(image, int(disease is not None), lung, opaque, (letter > 0) & marker, patient, disease.subtype if disease else '')
 
 # %% ../nbs/lab/phantom.ipynb #c0d9a069
@@ -722,21 +731,29 @@ def _check(n, size, seed, correlation, shift, workers):
     counts = {f'n_{split}': int(images) for split, images in n.items()}
     return dict(**counts, size=int(size), seed=int(seed), marker_correlation=correlation, test_shift=float(shift))
 
-def _save(path, image, *flags):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ok, data = cv2.imencode(path.suffix, image, flags)
-    if not ok: raise OSError(f'could not encode {path.name}')
-    path.write_bytes(data.tobytes())
+def _encode(suffix, image, *flags):
+    ok, data = cv2.imencode(suffix, image, flags)
+    if not ok: raise OSError(f'could not encode an image as {suffix}')
+    return data.tobytes()
 
-def _write_patient(root, items, size, shift):
-    "All images and masks of one patient; returns the area of the opacity on each, in pixels."
-    areas, (anatomy, disease) = [], _case(items[0].seed, items[0].label)
-    for i in items:
-        p = render(anatomy, _shot(i.seed, i.shot), size, disease, i.marker, shift if i.split == 'test' else 0., i.patient)
-        _save(root/f'chest_xray/{i.relative}.jpeg', p.image, cv2.IMWRITE_JPEG_QUALITY, 93)
-        for name, mask in (('lung_masks', p.lung_mask), ('opacity_masks', p.opacity_mask)):
-            _save(root/f'{name}/{i.relative}.png', mask.astype(np.uint8)*255, cv2.IMWRITE_PNG_BILEVEL, 1)
-        areas.append(int(p.opacity_mask.sum()))
+def _save(path, content): path.write_bytes(content)
+
+def _write_patient(sets, size, shift):
+    "All images and masks of one patient, in each {root: items}; the area of each opacity, pixels."
+    areas, roots, first = [], list(sets), next(iter(sets.values()))[0]
+    anatomy, disease = _case(first.seed, first.label)
+    for same in zip(*sets.values()):  # the same image in all sets, but for the marker
+        i = same[0]
+        image, letter, lung, opaque = _expose_child(
+            anatomy, _shot(i.seed, i.shot), size, disease, shift if i.split == 'test' else 0.)
+        masks = {name: _encode('.png', mask.astype(np.uint8)*255, cv2.IMWRITE_PNG_BILEVEL, 1)
+                 for name, mask in (('lung_masks', lung), ('opacity_masks', opaque))}
+        films = {marked: _encode('.jpeg', _mark(image, letter) if marked else image, cv2.IMWRITE_JPEG_QUALITY, 93)
+                 for marked in {i.marker for i in same}}
+        for root, i in zip(roots, same):
+            _save(root/f'chest_xray/{i.relative}.jpeg', films[i.marker])
+            for name, mask in masks.items(): _save(root/f'{name}/{i.relative}.png', mask)
+        areas.append(int(opaque.sum()))
     return areas
 
 # %% ../nbs/lab/phantom.ipynb #69a5634a
@@ -765,6 +782,8 @@ def _complete(root, wanted):
     if missing: raise FileExistsError(f'{root} is damaged ({len(missing)} files are missing, such as {missing[0]}): delete it')
     return True
 
+_FEW = 150  # images: fewer are done before other processes have started
+
 def write_phantoms(
     root: str | os.PathLike,  # folder that will hold chest_xray/, lung_masks/, opacity_masks/, phantom.json, phantoms.csv
     n_train: int = 480,       # images, three quarters of them PNEUMONIA
@@ -774,28 +793,50 @@ def write_phantoms(
     seed: int = 0,
     marker_correlation: float | dict | None = None,  # phi of marker and label, -1 to 1, for all splits or {split: phi}; None: no markers
     test_shift: float = 1.,   # how far exposure and contrast of test are from train's; 0: not at all
-    workers: int | None = None,  # threads; None: one per core
+    workers: int | None = None,  # processes; None: one per core, or none for a small set
 ) -> Path:                    # root
     "Writes synthetic radiographs in the Kermany layout, all or nothing; a folder that has just these is reused."
-    root = Path(root)
+    sets = {root: marker_correlation}
+    write_marked(sets, n_train, n_val, n_test, size, seed, test_shift, workers)
+    return Path(root)
+
+def write_marked(
+    roots: dict,              # folder -> its marker_correlation; all else is the same in all
+    n_train: int = 480, n_val: int = 16, n_test: int = 200, size: int = 224, seed: int = 0,
+    test_shift: float = 1., workers: int | None = None,
+):
+    "`write_phantoms` for several folders that differ in their markers only: each child is X-rayed once."
     counts = dict(train=n_train, val=n_val, test=n_test)
-    parameters = {'generator': _VERSION, **_check(counts, size, seed, marker_correlation, test_shift, workers)}
-    if _complete(root, parameters): return root
-    items, children = _items(parameters), {}
-    for i in items: children.setdefault(i.patient, []).append(i)
-    if root.exists(): root.rmdir()   # empty
-    with atomic_path(root) as folder:
-        folder.mkdir()
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool, progress(None, 'phantoms', total=len(items)) as bar:
-            jobs = [pool.submit(_write_patient, folder, own, parameters['size'], parameters['test_shift']) for own in children.values()]
-            try:
-                areas = []
-                for job in jobs: areas += job.result(); bar.update(len(areas) - bar.n)
-            except BaseException: pool.shutdown(cancel_futures=True); raise
-        with open(folder/'phantoms.csv', 'w', newline='') as f:
-            table = csv.writer(f, lineterminator='\n')
-            table.writerow(['path', 'split', 'label', 'subtype', 'patient', 'seed', 'shot', 'marker', 'opacity_pixels'])
-            for i, area in zip(items, areas):
-                table.writerow([f'{i.relative}.jpeg', i.split, i.label, i.subtype, i.patient, i.seed, i.shot, int(i.marker), area])
-        write_json(folder/'phantom.json', parameters)
-    return root
+    wanted = {Path(root): {'generator': _VERSION, **_check(counts, size, seed, phi, test_shift, workers)}
+              for root, phi in roots.items()}
+    wanted = {root: p for root, p in wanted.items() if not _complete(root, p)}
+    if not wanted: return
+    plans = {root: _items(p) for root, p in wanted.items()}
+    one = next(iter(plans.values()))
+    if workers is None and len(one) < _FEW: workers = 1
+    for root in wanted:
+        if root.exists(): root.rmdir()   # empty
+    with ExitStack() as stack:
+        folders = {root: stack.enter_context(atomic_path(root)) for root in wanted}
+        for folder in folders.values(): _make_folders(folder)
+        children = {}
+        for root, items in plans.items():
+            for i in items: children.setdefault(i.patient, {}).setdefault(folders[root], []).append(i)
+        write = partial(_write_patient, size=int(size), shift=float(test_shift))
+        done = in_processes(write, children.values(), 'phantoms', workers)
+        areas = [area for own in done for area in own]
+        for root, items in plans.items(): _write_table(folders[root], items, areas, wanted[root])
+
+def _make_folders(root):
+    "All folders of a data set; whoever writes a file later finds them, or nothing if they were removed."
+    for name in _FOLDERS:
+        for split in SPLITS:
+            for label in CLASSES: (root/name/split/label).mkdir(parents=True)
+
+def _write_table(root, items, areas, parameters):
+    with open(root/'phantoms.csv', 'w', newline='') as f:
+        table = csv.writer(f, lineterminator='\n')
+        table.writerow(['path', 'split', 'label', 'subtype', 'patient', 'seed', 'shot', 'marker', 'opacity_pixels'])
+        for i, area in zip(items, areas):
+            table.writerow([f'{i.relative}.jpeg', i.split, i.label, i.subtype, i.patient, i.seed, i.shot, int(i.marker), area])
+    write_json(root/'phantom.json', parameters)

@@ -1,5 +1,6 @@
 "Maps against grad-cam, captum and closed forms; what a call must leave alone; the measures of a map against cases with known answers."
 import contextlib, copy, gc, weakref
+from functools import partial
 
 import cv2
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_lab.gradcam import (GradCAM, auc, baseline_maps, deletion_insertion, explain, layer_candidates, lung_mass_ratio, overlay, pick_samples, pointing_game,
+from cxr_lab import gradcam
+from cxr_lab.gradcam import (GradCAM, auc, baseline_maps, deletion_insertion, explain, layer_candidates, lung_mass_ratio, marker_boxes, marker_datasets, overlay, pick_samples, pointing_game,
                              scale_map)
 from cxr_lab.model import SmallCNN, build_model, to_float
-from cxr_lab.phantom import make_phantom
+from cxr_lab.phantom import make_phantom, write_marked
 
 METHODS = ('gradcam', 'gradcam++', 'hirescam')
 
@@ -749,3 +751,15 @@ def test_the_map_is_where_the_answer_comes_from():
         mass[what], hits[what] = np.nanmedian(lung_mass_ratio(maps.up, corner)), pointing_game(maps.up, corner).mean()
     print(mass, hits)
     assert mass['marker'] > 3 and mass['disease'] < 1.2 and hits['marker'] > .6 and hits['disease'] < .2
+
+def test_sets_with_other_letters_are_the_same_children(tmp_path, monkeypatch):
+    "Far from the letter they are equal; in its corner, whoever has it is brighter."
+    monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
+    monkeypatch.setattr(gradcam, 'write_marked', partial(write_marked, size=64))
+    ill, well = marker_datasets((1., -1.), n=60, size=64)
+    assert ill.index.drop(columns=['bytes', 'sha256']).equals(well.index.drop(columns=['bytes', 'sha256'])) and len(ill.index) == 102
+    assert {'train', 'validation', 'test'} <= set(ill.index.split)
+    apart, box = ill.pixels[:, 0].astype(int) - well.pixels[:, 0], marker_boxes(102, 64)
+    assert not apart[:, 32:, 32:].any()
+    brighter = apart[box].reshape(102, -1).sum(1) > 0
+    assert (brighter == (ill.labels == 1)).all()

@@ -1,5 +1,5 @@
 "Synthetic radiographs: physics against closed forms, masks against the image, the data set against its contract."
-import csv, hashlib, math, re
+import csv, hashlib, math, re, shutil, time
 from pathlib import Path
 
 import cv2
@@ -9,7 +9,7 @@ from PIL import Image
 
 from cxr_lab import phantom
 from cxr_lab.phantom import (Ellipsoid, Stack, Tubes, View, attenuation, covered, expose, length, make_phantom, mosaic, optical_depth,
-                             profile, sample_patient, splat, trace, write_phantoms)
+                             profile, sample_patient, splat, trace, write_marked, write_phantoms)
 
 KERMANY = re.compile(r'(person\d+_(?:bacteria|virus))|((?:NORMAL2-)?IM-\d+)')
 SMALL = dict(n_train=16, n_val=4, n_test=8, size=48, seed=7)
@@ -226,9 +226,53 @@ def test_marker_correlation_per_split_reaches_the_files(written):
 def test_no_markers_unless_asked(tmp_path):
     assert all(r['marker'] == '0' for r in rows(write_phantoms(tmp_path/'p', n_train=4, n_val=2, n_test=2, size=32)))
 
-def test_threads_do_not_change_a_byte(written, tmp_path):
-    assert digests(write_phantoms(tmp_path/'one', **SMALL, marker_correlation=PHI, workers=1)) == digests(written)
-    assert digests(write_phantoms(tmp_path/'three', **{**SMALL, 'seed': 8}, workers=3)) != digests(written)
+def test_processes_do_not_change_a_byte(written, tmp_path):
+    assert digests(write_phantoms(tmp_path/'two', **SMALL, marker_correlation=PHI, workers=2)) == digests(written)
+    other = {**SMALL, 'seed': 8}
+    assert digests(write_phantoms(tmp_path/'other', **other, marker_correlation=PHI)) != digests(written)
+
+@pytest.mark.parametrize('few,asked,expected', [(28, None, None), (29, None, 1), (29, 2, 2)])
+def test_small_sets_start_no_processes(tmp_path, monkeypatch, few, asked, expected):
+    "28 images: enough for processes, or too few unless they are asked for."
+    seen = []
+    def alone(function, items, desc, workers): seen.append(workers); return [function(i) for i in items]
+    monkeypatch.setattr(phantom, '_FEW', few)
+    monkeypatch.setattr(phantom, 'in_processes', alone)
+    write_phantoms(tmp_path/'p', **SMALL, workers=asked)
+    assert seen == [expected]
+
+def test_sets_that_differ_in_their_markers_are_rendered_once(written, tmp_path, monkeypatch):
+    calls, trace_ = [], phantom.trace
+    monkeypatch.setattr(phantom, 'trace', lambda *a: (calls.append(1), trace_(*a))[1])
+    roots = {tmp_path/'a': PHI, tmp_path/'b': None, tmp_path/'c': -.5}
+    assert write_marked(roots, **SMALL) is None and len(calls) == 28
+    assert digests(tmp_path/'a') == digests(written), 'as if it were alone'
+    for name, phi in (('b', None), ('c', -.5)):
+        assert digests(tmp_path/name) == digests(write_phantoms(tmp_path/f'{name}2', **SMALL, marker_correlation=phi))
+    calls.clear()
+    shutil.rmtree(tmp_path/'c')
+    write_marked(roots, **SMALL)
+    assert len(calls) == 28 and digests(tmp_path/'c') == digests(tmp_path/'c2'), 'only what is missing'
+    calls.clear()
+    write_marked(roots, **SMALL)
+    assert not calls
+
+def test_one_of_several_sets_that_cannot_be_written_stops_all(tmp_path):
+    (tmp_path/'b').mkdir(); (tmp_path/'b'/'mine.txt').touch()
+    with pytest.raises(FileExistsError, match='not written by write_phantoms'):
+        write_marked({tmp_path/'a': 1., tmp_path/'b': 0.}, **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ['b']
+
+def test_a_failure_in_another_process_leaves_nothing(tmp_path, monkeypatch):
+    items = phantom._items
+    def bad(parameters):
+        found = items(parameters)
+        found[len(found) // 2].seed = -1
+        return found
+    monkeypatch.setattr(phantom, '_items', bad)
+    with pytest.raises(ValueError, match='seed is -1'): write_phantoms(tmp_path/'p', **SMALL, workers=2)
+    time.sleep(1)  # for whoever is still at work
+    assert list(tmp_path.iterdir()) == []
 
 def test_a_complete_folder_is_reused(written, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in written.rglob('*')}
