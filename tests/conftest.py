@@ -3,14 +3,44 @@ import os, shutil, tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 _CACHE = tempfile.mkdtemp(prefix='cxr_lab-tests-')
 os.environ.update(CXR_LAB_CACHE=_CACHE, CXR_LAB_PROGRESS='0', MPLBACKEND='Agg')
-os.environ.setdefault('OMP_NUM_THREADS', '2')  # results do not depend on it; more threads only fight over small arrays
+# Each core has a pytest worker already: one thread in it, before anything that computes is loaded.
+for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENCV_FOR_THREADS_NUM',
+             'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'): os.environ.setdefault(name, '1')
+
+from cxr_lab.cores import cores
+
+_CORES = cores()
+os.environ['CXR_LAB_CORES'] = '1'  # and no processes beside it, unless a test asks for them
 
 REPO = Path(__file__).resolve().parent.parent
 
+def pytest_xdist_auto_num_workers(config): return _CORES
+
+def pytest_collection_modifyitems(items):
+    "What takes longest starts first, so that no worker is left alone with it at the end."
+    items.sort(key=lambda item: item.get_closest_marker('integration') is None)
+
 def pytest_unconfigure(config): shutil.rmtree(_CACHE, ignore_errors=True)
+
+@pytest.fixture(scope='session')
+def once(tmp_path_factory):
+    "`once(name, make)`: the folder that `make(folder)` fills, for all workers, by the first that asks."
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    def get(name, make):
+        folder, complete = shared/name, shared/f'{name}.complete'
+        with FileLock(shared/f'{name}.lock'):
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt left
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+    return get
 
 @pytest.fixture(scope='session')
 def repo(): return REPO
@@ -23,10 +53,11 @@ def real_data():
     return folder
 
 @pytest.fixture(scope='session')
-def phantom_root(tmp_path_factory):
+def phantom_root(once):
     "112 small phantoms in the layout of the real data; read only, copy before changing."
     from cxr_lab.phantom import write_phantoms
-    return write_phantoms(tmp_path_factory.mktemp('phantoms')/'data', n_train=64, n_val=8, n_test=40, size=64, seed=3)
+    made = dict(n_train=64, n_val=8, n_test=40, size=64, seed=3)
+    return once('phantoms', lambda folder: write_phantoms(folder/'data', **made))/'data'
 
 @pytest.fixture(scope='session')
 def phantom_images(phantom_root): return phantom_root/'chest_xray'

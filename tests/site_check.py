@@ -4,7 +4,6 @@ The notebooks go through the filter that Quarto would call, into a staging folde
 Then every internal link, anchor and picture of the HTML must hold. In Chromium, if there is one, every page is opened on a desktop and on a phone.
 """
 import json, os, shutil, subprocess, sys, tempfile, threading, time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -46,16 +45,31 @@ def stage(staging: Path, root: Path = ROOT):
             target = staging/path.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    def convert(page):
-        ran = subprocess.run([sys.executable, '-W', 'ignore', '-c', 'from nbdev.cli import nbdev_filter; nbdev_filter()'], cwd=root,
-                             input=(root/page).read_text(encoding='utf-8'), capture_output=True, text=True, encoding='utf-8')
-        if ran.returncode: raise RuntimeError(f'nbdev_filter failed on {page}:\n{ran.stderr[-2000:]}')
+    for page, text in filtered(root).items():
         (staging/page).parent.mkdir(parents=True, exist_ok=True)
-        notebook = json.loads(ran.stdout)
+        notebook = json.loads(text)
         for cell in notebook['cells']:  # smalldocs folds the code of a notebook only where the cell says so
             if cell['cell_type'] == 'code': cell['source'] = f'#| code-fold: {html["code-fold"]}\n' + ''.join(cell['source'])
         (staging/page).write_text(json.dumps(notebook), encoding='utf-8')
-    with ThreadPoolExecutor(os.cpu_count()) as pool: list(pool.map(convert, notebooks(root)))
+
+FILTER = """
+import contextlib, json, sys
+from nbdev.cli import nbdev_filter
+for page in sys.argv[1:]:
+    with contextlib.redirect_stdout(sys.stderr): text = nbdev_filter(fname=page, printit=False)
+    print(json.dumps(text), flush=True)
+"""
+
+def filtered(root: Path) -> dict:  # page -> text of the notebook
+    "All pages as Quarto's filter leaves them; one process, since nbdev takes a second to load."
+    pages = [page.as_posix() for page in notebooks(root)]
+    command = [sys.executable, '-W', 'ignore', '-c', FILTER, *pages]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, encoding='utf-8')
+    texts = [json.loads(line) for line in ran.stdout.splitlines()]
+    if ran.returncode:
+        failed = pages[len(texts)]
+        raise RuntimeError(f'nbdev_filter failed on {failed}:\n{ran.stderr[-2000:]}')
+    return dict(zip(pages, texts, strict=True))
 
 def render(staging: Path) -> Path:
     "Renders the staged pages, warnings being errors; returns the folder of the HTML."

@@ -7,11 +7,12 @@ import site_check
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory):
+def site(once):
     pytest.importorskip('smalldocs', reason='smalldocs comes with the development requirements')
-    staging = tmp_path_factory.mktemp('site')/'staging'
-    site_check.stage(staging)
-    return site_check.render(staging)
+    def make(folder):
+        site_check.stage(folder/'staging')
+        site_check.render(folder/'staging')
+    return once('site', make)/'staging'/'_docs'
 
 def test_links_anchors_and_pictures_hold(site): assert site_check.broken_links(site) == []
 
