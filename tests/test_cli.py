@@ -26,7 +26,7 @@ def nbs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('nbs').mkdir()
     cells = [nbformat.v4.new_code_cell("run_dir: str = 'runs/default'\ndata: str = 'phantom'\nname: str = 'x'\nn: int = 1", metadata={'tags': ['parameters']}),
-             nbformat.v4.new_code_cell("import os, signal, time\nif name == 'stop': os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"),
+             nbformat.v4.new_code_cell("import os, signal, time\nif name == 'stop': os.kill(os.getppid(), signal.SIGINT); time.sleep(3600)"),
              nbformat.v4.new_code_cell("print(name)\n1/n")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), 'nbs/00_data.ipynb')
 
@@ -55,9 +55,8 @@ def test_known_parameters_are_listed(nbs):
 
 @pytest.mark.skipif(os.name == 'nt', reason='the test sends a POSIX signal')
 def test_interrupted_exits_with_130(nbs):
-    start = time.time()
-    done = process('run', '--nbs', 'nbs', '-p', 'name=stop')
-    assert done.returncode == 130 and time.time() - start < 40
+    done = process('run', '--nbs', 'nbs', '-p', 'name=stop')  # does not wait for the cell, which takes an hour
+    assert done.returncode == 130
     assert 'cxr-lab: 00_data was interrupted in cell [3] `import os, signal, time`' in done.stderr
     assert 'Traceback' not in done.stderr and 'runs/default/00_data/00_data.partial.ipynb' in done.stderr
     assert Path('runs/default/00_data/00_data.partial.ipynb').exists() and not Path('runs/default/00_data/status.json').exists()

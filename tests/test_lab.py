@@ -8,6 +8,9 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 LAB = {path.stem: path for path in sorted((REPO/'nbs'/'lab').glob('*.ipynb'))}
 SLOW = {  # what takes more than 20 seconds of processor time, and why
+    'predict': 'draws 296 phantoms, trains on them, answers about folders of films',
+    'sweep': 'four sweeps, and a kernel for each of their steps',
+    'unusual': 'draws 240 phantoms, learns what is usual, and asks it about ten kinds of images',
 }
 
 def test_what_is_slow_is_there(): assert set(SLOW) <= set(LAB)

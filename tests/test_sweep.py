@@ -294,7 +294,7 @@ def test_without_keep_going_the_rest_is_not_begun(nbs):
 
 # What goes wrong outside
 
-DRIVER = "from cxr_lab.sweep import *\nif __name__ == '__main__': sweep(plan_sweep(nbs='nbs', grid={'lr': ['.1', '.2', '.3'], 'seed': ['0', '1']}, baseline={'lr': '.1'}), 'runs/s', workers=2, resume=True)"
+DRIVER = "from cxr_lab.sweep import *\nif __name__ == '__main__': sweep(plan_sweep(nbs='nbs', grid={'lr': ['.1', '.2'], 'seed': ['0', '1']}, baseline={'lr': '.1'}), 'runs/s', workers=2, resume=True)"
 
 def alive(pid):
     stat = Path(f'/proc/{pid}/stat')
@@ -340,8 +340,8 @@ def test_killed_the_table_is_that_of_an_uninterrupted_sweep(nbs, kills):
         worker.kill()
     assert driver.wait(600) == 0, Path('said.txt').read_text()
     assert {f: Path(f'runs/s/{f}').read_bytes() for f in complete} == complete
-    assert 6 <= started() <= 6 + kills*2  # at most what was in flight was lost
-    p = plan(grid={'lr': ['.1', '.2', '.3'], 'seed': ['0', '1']})
+    assert 4 <= started() <= 4 + kills*2  # at most what was in flight was lost
+    p = plan()
     assert all((Path('runs/s')/n.folder/n.stem/'status.json').is_file() and not list((Path('runs/s')/n.folder/n.stem).glob('*.partial.ipynb')) for n in p.nodes.values())
 
 def test_a_step_at_work_elsewhere_is_waited_for(nbs):
