@@ -68,6 +68,23 @@ def test_functions_of_a_notebook_and_what_they_close_over_travel():
     large = np.arange(500_000)  # beyond joblib's bound: travels as a file
     assert in_processes(lambda i: int(large[i]), [3, 499_999], 'closures', 2) == [3, 499_999]
 
+def test_the_bar_moves_while_jobs_run(tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_LAB_PROGRESS', '1')
+    seen, real = [], module.progress
+    def recorded(*args):
+        bar = real(*args)
+        refresh = bar.refresh
+        bar.refresh = lambda: (seen.append(bar.n), refresh())
+        return bar
+    monkeypatch.setattr(module, 'progress', recorded)
+    in_processes(lambda i: time.sleep(2.5), range(2), 'sleeping', 2, done=lambda i: .25)
+    assert .5 in seen and seen[-1] == 2, 'two jobs, each a quarter done'
+
+def test_jobs_run_in_the_folder_of_the_caller(tmp_path, monkeypatch):
+    in_processes(whose, range(2), 'the workers start here', 2)
+    monkeypatch.chdir(tmp_path)
+    assert set(in_processes(lambda i: os.getcwd(), range(2), 'folders', 2)) == {os.path.realpath(tmp_path)}
+
 def test_an_error_in_a_worker_is_raised_here_and_the_workers_can_be_used_again():
     with pytest.raises(ZeroDivisionError): in_processes(lambda i: 1 / (i - 2), range(4), 'fails', 2)
     assert in_processes(whose, [1, 2], 'again', 2)[0][1] == 1

@@ -201,7 +201,10 @@ def test_trainer_settings():
     assert trainer_settings('devices=0,1 precision=32') == dict(devices='0,1', precision=32)
     for text in ('max_epochs=3', 'devices', 'devices=', '=2', 'callbacks=x', 'devices=2 , precision=16'):
         with pytest.raises(ValueError, match='expected name=value with names among accelerator, devices'): trainer_settings(text)
-    assert set(TRAINER) <= set(inspect.signature(pl.Trainer).parameters)
+    assert set(TRAINER) - {'side_by_side'} <= set(inspect.signature(pl.Trainer).parameters)
+    assert trainer_settings('side_by_side=4') == {'side_by_side': 4}
+    for text in ('side_by_side=0', 'side_by_side=two', 'side_by_side=1.5'):
+        with pytest.raises(ValueError, match='side_by_side is 1 or more'): trainer_settings(text)
 
 def test_a_wrong_setting_fails_before_anything_is_made(tiny, tmp_path):
     step = Step(tmp_path, '03_train', {})

@@ -326,5 +326,88 @@ def test_an_interrupted_experiment_continues(tiny, tmp_path, monkeypatch):
         for file in ('predictions.csv', 'metrics.json', 'log.csv'): assert (tmp_path/f'a/03_train/seed_{seed}'/file).read_bytes() == (tmp_path/f'b/03_train/seed_{seed}'/file).read_bytes(), (seed, file)
     assert not list((tmp_path/'b').rglob('*.ckpt'))
 
+def several(run, tiny, **changes):
+    "Two recipes with two seeds."
+    step, params = step_for(run), QUICK | dict(seeds=2, epochs=2) | changes
+    return run_experiments(step, [Experiment('plain', tiny), Experiment('augmented', tiny, Augment(), 'augmented')], params)
+
+def test_trainings_side_by_side_leave_the_same_bytes(tiny, tmp_path):
+    found = {n: several(tmp_path/str(n), tiny, trainer=f'side_by_side={n}') for n in (1, 2, 4)}
+    files = [f'{place}seed_{s}/{name}' for place in ('', 'augmented/') for s in (4, 5)
+             for name in ('predictions.csv', 'metrics.json', 'log.csv', 'recipe.json', 'model.safetensors')]
+    for file in files:
+        one, two, four = ((tmp_path/str(n)/'03_train'/file).read_bytes() for n in (1, 2, 4))
+        assert one == two == four, file
+    assert 'side_by_side' not in (tmp_path/'4/03_train/seed_4/recipe.json').read_text()
+    for name in ('plain', 'augmented'): assert list(found[2][name].seed) == [4, 5] and (found[2][name].experiment == name).all()
+    assert not list(tmp_path.rglob('checkpoints'))
+
+def test_trainings_run_in_processes_of_their_own(tiny, tmp_path):
+    before = torch.get_num_threads()
+    class Tell(torch.nn.Module):
+        def forward(self, x):
+            (tmp_path/f'{os.getpid()} {torch.get_num_threads()}').touch()
+            return x
+    torch.set_num_threads(2)
+    try:
+        for n in (1, 2):
+            experiments = [Experiment('told', tiny, Tell())]
+            run_experiments(step_for(tmp_path/f'run{n}'), experiments, QUICK | dict(seeds=2, trainer=f'side_by_side={n}'))
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before)
+    told = [p.name.split() for p in tmp_path.iterdir() if p.is_file()]
+    assert {threads for _, threads in told} == {'1'}, 'one thread each, here and in workers'
+    assert str(os.getpid()) in {pid for pid, _ in told} and len(told) == 3
+
+def test_little_work_starts_no_process(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_LAB_CORES', '2')
+    asked = []
+    def instead(function, items, desc, workers, memory, done):
+        asked.append(workers)
+        return [function(item) for item in items]
+    monkeypatch.setattr(train, 'in_processes', instead)
+    several(tmp_path/'a', tiny)
+    monkeypatch.setattr(train, 'SMALL', 2 * 2 * 2 * 120)
+    several(tmp_path/'b', tiny)
+    several(tmp_path/'c', tiny, trainer='side_by_side=3')
+    several(tmp_path/'c', tiny, trainer='side_by_side=1')
+    assert asked == [1, None, 3], 'and what is complete is not asked for again'
+
+def test_one_failure_leaves_the_others_as_they_are(tiny, tmp_path):
+    class Fails(torch.nn.Module):
+        def forward(self, x): raise RuntimeError('power')
+    experiments = [Experiment('good', tiny), Experiment('bad', tiny, Fails(), 'bad')]
+    with pytest.raises(RuntimeError, match='power'):
+        run_experiments(step_for(tmp_path), experiments, QUICK | dict(trainer='side_by_side=1'))
+    assert (tmp_path/'03_train/seed_4/metrics.json').exists()
+    assert not (tmp_path/'03_train/bad/seed_4/metrics.json').exists()
+
+def test_how_far_a_training_is_can_be_read_from_its_folder(tiny, tmp_path):
+    seen = []
+    training = Training(step_for(tmp_path), Experiment('x', tiny), 4, SETTINGS | dict(model='small', epochs=2), {})
+    class Look(torch.nn.Module):
+        def forward(self, x): seen.append(training.share()); return x
+    assert training.share() == 0
+    run_experiments(step_for(tmp_path), [Experiment('x', tiny, Look())], QUICK | dict(epochs=2))
+    assert set(seen) == {0, .5}
+
+@pytest.mark.parametrize('has, accelerator, expected', [
+    ({}, 'cpu', '32-true'), ({'avx512_f': True}, 'cpu', '32-true'), ({'avx512_bf16': True}, 'cpu', 'bf16-mixed'),
+    ({'amx_bf16': True}, 'cpu', 'bf16-mixed'), ({'avx512_bf16': True}, 'gpu', '32-true')])
+def test_precision_follows_the_processor_and_stands_in_the_recipe(has, accelerator, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has, raising=False)
+    assert default_precision({'accelerator': accelerator}) == expected
+    monkeypatch.delattr(torch.cpu, 'get_capabilities')
+    assert default_precision({'accelerator': accelerator}) == '32-true', 'older PyTorch cannot tell'
+
+def test_mixed_precision_trains_and_is_another_recipe(tiny, tmp_path):
+    step = step_for(tmp_path)
+    single = run_experiment(step, tiny, 'x', QUICK | dict(trainer='precision=32-true'))
+    mixed = run_experiment(step, tiny, 'x', QUICK | dict(trainer='precision=bf16-mixed'))
+    assert read_json(step.dir/'seed_4/recipe.json')['trainer'] == {'precision': 'bf16-mixed'}
+    assert single.val_loss[0] != mixed.val_loss[0] == pytest.approx(single.val_loss[0], rel=.2)
+    saved = load_model(step.dir/'seed_4/model.safetensors')[0].state_dict().values()
+    assert {v.dtype for v in saved} == {torch.float32, torch.int64}, 'weights stay in 32 bits'
+
 def test_histories_of_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match='no seed_./log.csv in'): read_histories(tmp_path)
