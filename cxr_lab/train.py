@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINER', 'PROGRESS', 'DATA_KEYS', 'SMALL', 'SPLIT_COLORS', 'Pixels', 'make_loader', 'Classifier', 'trainer_settings',
            'on_accelerator', 'default_precision', 'kept_epoch', 'fit', 'predict', 'Experiment', 'Training',
-           'training_memory', 'run_experiments', 'run_experiment', 'read_histories', 'plot_histories', 'test_table',
-           'plot_test', 'over_seeds']
+           'training_memory', 'workers_for', 'run_experiments', 'run_experiment', 'read_histories', 'plot_histories',
+           'test_table', 'plot_test', 'over_seeds']
 
 # %% ../nbs/03_train.ipynb #3e044e71
 import logging, math, shutil, signal, threading, time, warnings
@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError, MulticlassAccuracy
 
-from .cores import in_processes
+from .cores import in_processes, keep_freed_memory
 from .data import CLASSES, COLORS, Dataset, on_phantoms
 from .model import build_model, load_model, save_model, to_float
 from .runs import Step, atomic_path, progress, read_json, read_metrics, write_json
@@ -199,6 +199,7 @@ def fit(
     "Trains, or continues an interrupted training in the same folder, and keeps the best epoch, see `kept_epoch`."
     for name in ('pytorch_lightning', 'lightning_fabric'): logging.getLogger(name).setLevel(logging.WARNING)
     trainer.setdefault('precision', default_precision(trainer))
+    keep_freed_memory()
     checkpoints, last = folder/'checkpoints', folder/'checkpoints'/'last.ckpt'
     share = data.labels[data.rows('train')].mean()
     task = Classifier(network, torch.tensor([.5 / (1 - share), .5 / share], dtype=torch.float32), lr, weight_decay, seed, augment)
@@ -342,7 +343,14 @@ def training_memory(settings: dict, image_size: int) -> int:  # bytes
     "About what one training takes: PyTorch itself, and the activations of a batch (measured: 100 bytes a pixel; large networks: 400)."
     return int(9e8 + (100 if settings['model'] == 'small' else 400) * settings['batch_size'] * image_size ** 2)
 
-SMALL = 10_000  # images to be shown in all: below it, starting a process takes longer than it saves
+SMALL = 10_000  # images: below it, starting a process takes longer than it saves
+
+def workers_for(
+    shown: int,                  # images, over all trainings and epochs
+    asked: int | None = None,    # side_by_side, if it was said
+) -> int | None:                 # None: as many as fit
+    "How many trainings at a time: one, in this process, if there is little to do."
+    return 1 if asked is None and shown < SMALL else asked
 
 def run_experiments(
     step: Step,
@@ -371,9 +379,8 @@ def _run(todo, workers):
         for t in progress(todo, names): t.run()
         return
     shown = sum(t.settings['epochs'] * len(t.experiment.data.rows('train')) for t in todo)
-    if workers is None and shown < SMALL: workers = 1
-    size = todo[0].experiment.data.pixels.shape[-1]
-    in_processes(Training.run, todo, names, workers, training_memory(todo[0].settings, size), Training.share)
+    memory = training_memory(todo[0].settings, todo[0].experiment.data.pixels.shape[-1])
+    in_processes(Training.run, todo, names, workers_for(shown, workers), memory, Training.share)
 
 def run_experiment(
     step: Step,

@@ -50,6 +50,25 @@ def test_one_thread_inside_and_as_before_after():
         assert torch.get_num_threads() == 3
     finally: torch.set_num_threads(before)
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def test_freed_memory_is_kept():
+    code = """
+import resource, numpy as np
+from cxr_lab.cores import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10): np.ones(4 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+returned = faults()
+keep_freed_memory()
+faults()
+print(returned, faults())
+"""
+    env = os.environ | {'PYTHONPATH': str(Path(module.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < returned / 10
+
 @pytest.mark.parametrize('workers', [1, 2])
 def test_results_are_in_order_and_computed_where_they_should_be(workers):
     found = in_processes(whose, range(7), 'items', workers)

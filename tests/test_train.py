@@ -14,7 +14,8 @@ from cxr_lab.data import Dataset
 from cxr_lab.model import SmallCNN, load_model
 from cxr_lab.runs import Step, read_json, read_metrics, read_predictions
 from cxr_lab.scores import METRICS, choose_threshold, intervals, score
-from cxr_lab.train import Pixels, fit, kept_epoch, make_loader, predict, read_histories, run_experiment, test_table as tabulate
+from cxr_lab.train import (Experiment, Pixels, Training, default_precision, fit, kept_epoch, make_loader, predict,
+                           read_histories, run_experiment, run_experiments, test_table as tabulate)
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::UserWarning:pytorch_lightning')
 
