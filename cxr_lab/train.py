@@ -367,6 +367,8 @@ def run_experiments(
         batch = min(settings['batch_size'], max(8, len(e.data.rows('train')) // 32))
         return Training(step, e, seed, settings | {'batch_size': batch}, trainer)
     trainings = {e.name: [training(e, seed) for seed in seeds] for e in experiments}
+    if len({t.place for of in trainings.values() for t in of}) < len(seeds) * len(experiments):
+        raise ValueError('two experiments have the same name or the same folder')
     todo = [t for of in trainings.values() for t in of if not t.complete()]
     _run(todo, workers)
     return {name: pd.DataFrame([read_metrics(t.folder/'metrics.json') | read_json(t.folder/'timing.json') for t in of]) for name, of in trainings.items()}

@@ -1,5 +1,5 @@
 "Training that can be repeated to the byte and continued where it stopped."
-import copy, signal, warnings
+import copy, os, signal, warnings
 
 import numpy as np
 import pandas as pd
@@ -373,6 +373,12 @@ def test_little_work_starts_no_process(tiny, tmp_path, monkeypatch):
     several(tmp_path/'c', tiny, trainer='side_by_side=3')
     several(tmp_path/'c', tiny, trainer='side_by_side=1')
     assert asked == [1, None, 3], 'and what is complete is not asked for again'
+
+@pytest.mark.parametrize('other', [('x', 'b'), ('y', '')])
+def test_two_experiments_share_neither_name_nor_folder(tiny, tmp_path, other):
+    experiments = [Experiment('x', tiny), Experiment(other[0], tiny, None, other[1])]
+    with pytest.raises(ValueError, match='same name or the same folder'):
+        run_experiments(step_for(tmp_path), experiments, QUICK)
 
 def test_one_failure_leaves_the_others_as_they_are(tiny, tmp_path):
     class Fails(torch.nn.Module):
