@@ -17,15 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import pooch
-import requests
 from filelock import FileLock
 from PIL import Image, ImageOps
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from .cores import cores
 from .phantom import write_phantoms
@@ -48,7 +43,9 @@ DATASETS = {
 # %% ../nbs/00_data.ipynb #c2ff121e
 def cache_dir() -> Path:
     "Where downloads, phantoms and pixel caches live: `CXR_LAB_CACHE`, else the user's cache folder."
-    return Path(os.environ.get('CXR_LAB_CACHE') or pooch.os_cache('cxr_lab'))
+    if chosen := os.environ.get('CXR_LAB_CACHE'): return Path(chosen)
+    import pooch
+    return Path(pooch.os_cache('cxr_lab'))
 
 def resume_download(
     url: str,
@@ -58,6 +55,7 @@ def resume_download(
     timeout: float = 30,  # seconds without a byte
 ):
     "A downloader for `pooch.retrieve` that continues where an earlier try ended; raises `OSError` that says so if this one ends early."
+    import requests
     have = part.stat().st_size if part.exists() else 0
     headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-'} if have else {})
     with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
@@ -115,6 +113,8 @@ def fetch(
     folder: Path | None = None,     # default: the cache folder
 ) -> Path:                          # folder with {train,test}/{NORMAL,PNEUMONIA}/
     "Downloads a data set unless it is there: with progress, resumed where it broke off, verified. `OSError` offline."
+    import pooch
+    import requests
     if name not in DATASETS: raise ValueError(f'unknown data set {name!r}; known: {", ".join(DATASETS)}')
     info, folder = DATASETS[name], Path(folder or cache_dir()/'datasets')
     images = folder/name
@@ -404,6 +404,8 @@ def join_identical(
     hashes: pd.Series,    # (N,) str, content of each image
 ) -> pd.Series:           # (N,) str, the first name of each joined group
     "Patients that share a byte-identical image become one."
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     p, names = pd.factorize(patients)
     h, contents = pd.factorize(hashes)
     n = len(names) + len(contents)
@@ -589,6 +591,7 @@ def show_images(
     colors=(),         # title colors, one per image
 ):
     "A grid of gray images, 0 to 255 from black to white; returns the figure."
+    import matplotlib.pyplot as plt
     rows = -(-len(images) // columns)
     fig, axs = plt.subplots(rows, columns, figsize=(width * columns, (width + .3) * rows), dpi=80, squeeze=False, layout='constrained')
     for i, ax in enumerate(axs.flat):

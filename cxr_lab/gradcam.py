@@ -14,22 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib import colormaps
-from scipy.stats import spearmanr
 from torch import nn
 from torch.nn.functional import interpolate
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from .data import CLASSES, COLORS, Dataset, Source, cache_dir, index_images, pixel_cache, read_pixels, split_validation
-from .model import build_model, load_model, to_float
+from .model import to_float
 from .phantom import write_marked
 from .runs import progress
 from .scores import patient_weights
-from .train import fit, predict
 
 # %% ../nbs/06_gradcam.ipynb #571fe17b
 def layer_candidates(
@@ -197,6 +192,7 @@ def overlay(
     alpha: float = .6,  # opacity where the heat is 1
 ) -> np.ndarray:        # (H,W,3) uint8
     "The image in gray under the heatmap's colors, the more opaque the hotter; where there is no heat the image is untouched."
+    from matplotlib import colormaps
     gray, heat = np.asarray(gray), np.asarray(heat)
     if gray.shape != heat.shape: raise ValueError(f'image {gray.shape} and heatmap {heat.shape} have different sizes')
     a = (alpha * heat)[..., None]
@@ -209,6 +205,7 @@ def show_explained(
     suptitle: str = '',
 ):
     "A row per image: original, heatmap, overlay; returns the figure."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(len(images), 3, figsize=(6.4, 2.45 * len(images)), dpi=58, squeeze=False, layout='constrained')
     for (a, b, c), image, up, zero, title in zip(axs, images, maps.up, maps.zero, titles):
         heat = scale_map(up)
@@ -292,6 +289,7 @@ def deletion_insertion(
     steps: int = 16,
 ) -> dict:                # 'deletion' and 'insertion': (N,steps+1) float64, probability of the class
     "Replaces pixels by their blur, those with the highest values first, or puts them back into the blurred image (Petsiuk et al. 2018)."
+    from cxr_lab.train import predict
     n, _, h, w = pixels.shape
     if maps.shape != (n, h, w): raise ValueError(f'maps {maps.shape} do not fit pixels {pixels.shape}')
     out = {k: np.empty((n, steps + 1)) for k in ('deletion', 'insertion')}
@@ -337,6 +335,8 @@ def similarity(
     a: Maps, b: Maps,  # of the same images
 ) -> tuple[np.ndarray, np.ndarray]:  # Spearman's rank correlation of the raw maps, SSIM of the enlarged and scaled ones; (N,) each
     "How alike two sets of maps are; NaN where one of a pair is constant, as an all-zero map is."
+    from scipy.stats import spearmanr
+    from torchmetrics.functional.image import structural_similarity_index_measure
     rank = np.array([spearmanr(p.ravel(), q.ravel()).statistic if np.ptp(p) and np.ptp(q) else np.nan for p, q in zip(a.raw, b.raw, strict=True)])
     p, q = (torch.from_numpy(scale_map(m.up))[:, None] for m in (a, b))
     ssim = structural_similarity_index_measure(p, q, data_range=1., reduction='none').reshape(-1).numpy().astype(float)

@@ -9,7 +9,6 @@ __all__ = ['VIEWS', 'look', 'look_at_all', 'show_side_by_side']
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 
 from .gradcam import overlay, scale_map
@@ -57,6 +56,7 @@ def show_side_by_side(
     suptitle: str = '',
 ):
     "A row per image, a pair of columns per model: its input, and its map laid over it; returns the figure."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(len(rows), 2 * len(models), figsize=(2.15 * 2 * len(models), 2.4 * len(rows)), dpi=80, squeeze=False, layout='constrained')
     for line, (title, cells) in zip(axs, rows):
         for j, (pixels, heat, caption) in enumerate(cells):

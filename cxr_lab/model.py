@@ -14,7 +14,6 @@ from urllib.error import URLError
 
 import pandas as pd
 import torch
-import torchvision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -160,6 +159,7 @@ def build_model(
     if name == 'small':
         if pretrained: raise ValueError("the small network has no pretrained weights; it trains from scratch")
         return SmallCNN()
+    import torchvision
     known = [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(_UNSUITED)]
     if name not in known: raise ValueError(f'unknown model {name!r}; known: small, {", ".join(n for n in known if n.startswith(("resnet", "mobile", "dense", "efficientnet_b")))}, …')
     try: network = torchvision.models.get_model(name, weights='DEFAULT' if pretrained else None)

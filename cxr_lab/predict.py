@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
-from matplotlib.colors import to_rgb
 from PIL import Image
 from threadpoolctl import ThreadpoolController
 from torch import nn
@@ -166,6 +165,7 @@ class Explained:
         "The picture under the heatmap, and the lungs' border."
         out = overlay(self.gray, self.heat)
         if self.outline is not None:
+            from matplotlib.colors import to_rgb
             borders, _ = cv2.findContours(self.outline.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(out, borders, -1, [255 * v for v in to_rgb(OUTLINE_COLORS['network'])], 1, cv2.LINE_AA)
         return out

@@ -20,12 +20,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import cv2
-import h5py
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import requests
-import seaborn as sns
 from filelock import FileLock
 from PIL import Image
 
@@ -413,6 +409,8 @@ def train_cached(
 # %% ../nbs/07_segment.ipynb #83720dc4
 def plot_training(history: pd.DataFrame, title: str = ''):  # of train_unet
     "Loss of the training, and Dice on patients that were only watched; returns the figure."
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
     axs[0].plot(history.epoch + 1, history.loss, 'o-', color='#666666', ms=3)
     axs[0].set(ylabel='loss, on varied images', ylim=(0, None))
@@ -461,6 +459,7 @@ def fetch_reference(
     folder: Path | None = None,  # default: the cache folder
 ) -> Path:                       # trained_model.hdf5, verified
     "Downloads the reference's weights unless they are there. `OSError` offline, `ValueError` if what arrives is another file."
+    import requests
     target = Path(folder or cache_dir()/'weights')/REFERENCE['file']
     if target.is_file() and git_blob_id(target) == REFERENCE['blob']: return target
     by_hand = f'get it by hand from {REFERENCE["url"]} and give its path to load_reference'
@@ -495,6 +494,7 @@ def _read_weights(
     network,  # the keras.Model whose weights it should hold
 ) -> list[np.ndarray]:  # in the order of network.get_weights()
     "Arrays of all layers in their order, each of the shape that the network expects; links to other files are not followed."
+    import h5py
     group = file['model_weights']
     layers = [group[name] for name in _text(group.attrs['layer_names'])]
     datasets = [(name, layer[name]) for layer in layers for name in _text(layer.attrs['weight_names'])]
@@ -520,6 +520,7 @@ def load_reference(
     path: Path,  # trained_model.hdf5, of fetch_reference or one's own training of the same architecture
 ):               # -> keras.Model, see reference_unet
     "Opens the reference's HDF5 file without running anything in it; `ValueError` says what is wrong with another file."
+    import h5py
     path = Path(path)
     with open(path, 'rb') as f: head = f.read(8)
     if not h5py.is_hdf5(path):

@@ -12,22 +12,10 @@ import base64, gzip, html, io, json, re
 from contextlib import contextmanager
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from PIL import Image
-from scipy.spatial.distance import pdist
-from scipy.stats import spearmanr
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE, trustworthiness
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, silhouette_score
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -96,17 +84,20 @@ def tsne_map(
     "A t-SNE map by scikit-learn (Barnes-Hut); the same seed gives the same map."
     n = len(vectors)
     if not 1 <= perplexity < (n - 1) / 3: raise ValueError(f'perplexity={perplexity}: from 1 to below {(n - 1) / 3:.0f}, a third of the {n} images')
+    from sklearn.manifold import TSNE
     # one thread, or two where it pays: a sum of two parts has no order, so the map is the same on any number of cores
     with threadpool_limits({'openmp': 1 if n < 2000 else 2, 'blas': 1}):
         return TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(vectors).astype(np.float32)
 
 def pca_map(vectors: np.ndarray) -> np.ndarray:  # (N,D) -> (N,2) float32
     "The two main axes: a linear map, in which distances shrink but never grow."
+    from sklearn.decomposition import PCA
     return PCA(2, svd_solver='full').fit_transform(vectors).astype(np.float32)
 
 # %% ../nbs/09_tsne.ipynb #d51f4c06
 def _nearest(points, k):
     "(N,k) int, the k nearest other points of each."
+    from sklearn.neighbors import NearestNeighbors
     return NearestNeighbors(n_neighbors=k).fit(points).kneighbors(return_distance=False)
 
 def agreement(
@@ -114,6 +105,8 @@ def agreement(
     k: int = 15,
 ) -> tuple[float, float]:          # share of the k nearest neighbors in common; rank correlation of all distances
     "What two pictures agree on, near and far. Neither turning nor scaling changes it; two pictures that know nothing of each other have k / (N - 1), and 0."
+    from scipy.spatial.distance import pdist
+    from scipy.stats import spearmanr
     if len(a) != len(b) or k >= len(a): raise ValueError(f'{len(a)} and {len(b)} points with k={k}')
     shared = np.mean([len(np.intersect1d(p, q)) for p, q in zip(_nearest(a, k), _nearest(b, k))]) / k
     return float(shared), float(spearmanr(pdist(a), pdist(b)).statistic)
@@ -142,6 +135,7 @@ def plot_maps(
     suptitle: str = '',
 ):
     "The models' maps side by side, small groups drawn on top; returns the figure."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(tables), figsize=(3.3 * len(tables), 3.8), dpi=60, squeeze=False, layout='constrained')
     for ax, (name, table) in zip(axs[0], tables.items()):
         group = groups_of(table, by)
@@ -309,7 +303,11 @@ def framed(page: str, height: int = 700) -> str:  # pixels
     return f'<div><iframe title="Interactive t-SNE map" style="width: 100%; height: {height}px; border: 0" srcdoc="{html.escape(page)}"></iframe></div>'
 
 # %% ../nbs/09_tsne.ipynb #3dc8a7de
-def _straight_cut(): return make_pipeline(StandardScaler(), LogisticRegression(class_weight='balanced', max_iter=2000))
+def _straight_cut():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    return make_pipeline(StandardScaler(), LogisticRegression(class_weight='balanced', max_iter=2000))
 
 def separation(
     train: np.ndarray, train_labels: np.ndarray,  # (N,D), (N,) 0 or 1
@@ -317,6 +315,8 @@ def separation(
     k: int = 15,
 ) -> dict:                                        # silhouette, neighbors, straight_cut, auroc; None where a class is missing
     "How well two classes are separated in a space: test images among themselves, and by rules found on train."
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score, silhouette_score
+    from sklearn.neighbors import KNeighborsClassifier
     names = ('silhouette', 'neighbors', 'straight_cut', 'auroc')
     if len(np.unique(train_labels)) < 2 or len(np.unique(test_labels)) < 2: return dict.fromkeys(names)
     vote = KNeighborsClassifier(min(k, len(train))).fit(train, train_labels)
@@ -333,6 +333,8 @@ def told_apart(
     folds: int = 5, seed: int = 0,
 ) -> float | None:        # AUROC; 0.5: the sets look the same. None if a set has fewer patients than folds
     "How well a straight cut tells two sets of images apart, cross-validated over patients."
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     second, groups = np.asarray(second).astype(int), np.asarray(patients)
     if min(len(set(groups[second == s])) for s in (0, 1)) < folds: return None
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
@@ -346,6 +348,7 @@ def nearest_training(
     k: int = 5,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,k) rows of the nearest training images; (n,k) their distances
     "The nearest training images of some images; an image is never its own neighbor."
+    from sklearn.neighbors import NearestNeighbors
     if np.intersect1d(train, rows).size: raise ValueError('some of the images are training images themselves')
     distance, place = NearestNeighbors(n_neighbors=k).fit(vectors[train]).kneighbors(vectors[rows])
     return train[place], distance

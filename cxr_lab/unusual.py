@@ -12,17 +12,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from scipy.special import ndtri
-from scipy.stats import rankdata
-from sklearn.covariance import LedoitWolf
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 import cxr_lab
-from .augment import STRESSES, Augment
 from .data import Dataset, find_data, index_images, pixel_cache
 from .model import to_float
 from .runs import atomic_path, read_json
@@ -43,9 +39,11 @@ def layout(
     images: np.ndarray,  # (N,128,128) uint8
 ) -> np.ndarray:         # (N,256) float32
     "Blocks by rank, as normal scores: about -3 for the darkest, 3 for the brightest, 0 throughout for a blank."
+    from scipy.special import ndtri
     step = _SIDE // _BLOCKS
     blocks = images.reshape(len(images), _BLOCKS, step, _BLOCKS, step).mean((2, 4), dtype=np.float32).reshape(len(images), _BLOCKS**2)
-    return ndtri(rankdata(blocks, axis=1) / (blocks.shape[1] + 1)).astype(np.float32)
+    ranks = pd.DataFrame(blocks).rank(axis=1).to_numpy()  # as scipy.stats.rankdata, whose import takes half a second
+    return ndtri(ranks / (blocks.shape[1] + 1)).astype(np.float32)
 
 # %% ../nbs/lab/unusual.ipynb #389021bb
 def texture_and_values(
@@ -84,6 +82,7 @@ def _texture_and_values(images):
 # %% ../nbs/lab/unusual.ipynb #af901b08
 def _fit_distance(features, groups):
     "Centers (G,C) and the factor F (C,C) with distance |(x - center) F|."
+    from sklearn.covariance import LedoitWolf
     centers = np.stack([features[groups == g].mean(0) for g in np.unique(groups)])
     around = features - centers[np.searchsorted(np.unique(groups), groups)]
     return centers.astype(np.float32), np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(around).precision_).astype(np.float32)
@@ -107,6 +106,7 @@ def pose(layouts: np.ndarray, which: int, undo: bool = False) -> np.ndarray:  # 
 
 def _linear(groups):
     "Coefficients (K,C) and constants (K,) of Fisher's linear discriminant with a shrunk covariance, all groups equally likely."
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     fitted = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto', priors=np.full(len(groups), 1 / len(groups)))
     fitted.fit(np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups]))
     return fitted.coef_.astype(np.float32), fitted.intercept_.astype(np.float32)
@@ -243,6 +243,7 @@ def fit_unusual(
     seed: int = 0,
 ) -> Unusual:
     "Learns from training images what is usual, and from validation images how much deviation is."
+    from cxr_lab.augment import STRESSES, Augment
     if not 0 < false_warnings < 1: raise ValueError(f'false_warnings={false_warnings}: a share between 0 and 1')
     if strangers is None: strangers = {} if data.source.kind == 'phantom' else {'phantom': phantom_strangers(data.pixels.shape[-1])}
     rng, rows = np.random.default_rng(seed), data.rows('train')

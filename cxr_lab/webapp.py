@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import cv2
 import numpy as np
 from markupsafe import Markup
-from matplotlib import colormaps
 
 from .data import CLASSES
 from .films import Refused
@@ -23,6 +22,7 @@ def heat_layer(
     heat: np.ndarray,  # (H,W) from 0 to 1
 ) -> np.ndarray:       # (H,W,4) uint8
     "The heatmap's colors, the more opaque the hotter."
+    from matplotlib import colormaps
     return (255 * np.dstack([colormaps['inferno'](heat)[..., :3], heat]) + .5).astype(np.uint8)
 
 def outline_path(

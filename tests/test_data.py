@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pooch
 import pytest
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
@@ -753,12 +754,12 @@ def serve(monkeypatch, server, checksum, **info):
 
 def test_download_unpack_and_reuse(server, tmp_path):
     said = io.StringIO()
-    data.pooch.get_logger().addHandler(handler := logging.StreamHandler(said))
+    pooch.get_logger().addHandler(handler := logging.StreamHandler(said))
     images = fetch('kermany', tmp_path/'d')
     assert sorted(p.relative_to(images).parts[0] for p in images.rglob('*.jpeg')) == ['test', 'test', 'train', 'train']
     assert server.requests == [None] and fetch('kermany', tmp_path/'d') == images and len(server.requests) == 1
     assert sorted(p.name for p in (tmp_path/'d').iterdir()) == ['file.zip', 'kermany']
-    data.pooch.get_logger().removeHandler(handler)
+    pooch.get_logger().removeHandler(handler)
     assert said.getvalue() == '', 'pooch logs to stderr, with the path of this machine: it would end up in a notebook'
 
 def test_broken_connection_is_resumed(server, tmp_path):
