@@ -36,7 +36,7 @@ from .films import MAX_PIXELS, Film, Refused, find_films, read_film
 from .gradcam import GradCAM, Maps, overlay, scale_map
 from .masked import VIEWS, look, look_at_all
 from .model import load_model, to_float
-from .runs import atomic_path, progress, read_json, read_metrics, resolve_run_dir, versions, write_json
+from .runs import atomic_path, optional, progress, read_json, read_metrics, resolve_run_dir, versions, write_json
 from .segment import OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape, tidy
 from .tsne import head_of, inputs_of
 from .unusual import Unusual, fit_unusual
@@ -582,8 +582,7 @@ def export_onnx(
     path: str | os.PathLike,          # *.onnx
 ) -> dict:                            # the metadata of the file
     "Writes the network as ONNX: `pixels` (N,1,S,S) float32 from 0 to 1 in, `logits` (N,2) and `probability` (N,) of PNEUMONIA out; N is free."
-    try: import onnx, onnxscript
-    except ModuleNotFoundError as e: raise RuntimeError(f"{e.name} is needed to write ONNX files: pip install 'cxr_lab[onnx]'") from e
+    with optional('onnx'): import onnx, onnxscript  # PyTorch uses the second
     file = find_model(model)
     network, info = open_model(file)
     told = dict(info, caveat=CAVEAT, sha256=hashlib.sha256(file.read_bytes()).hexdigest(), scaling='gray 0 to 255, divided by 255',

@@ -24,7 +24,7 @@ from .kernels import kernel_manager, warm_up
 from .pipeline import (NotebookFailed, UsageError, _key, _locked, _once_per_version, _one, _plan, _run_step, _say, check_parameters, lessons,
                               select)
 from .report import result_code, write_results
-from .runs import _discard, _full_disk, _write_csv, atomic_path, read_json, read_metrics, read_status, resolve_run_dir, write_json
+from .runs import _discard, _full_disk, _write_csv, atomic_path, optional, read_json, read_metrics, read_status, resolve_run_dir, write_json
 from .scores import METRICS
 
 # %% ../nbs/lab/sweep.ipynb #014cd7ad
@@ -536,6 +536,7 @@ def sweep(
     keep_going: bool = False,                   # go on with other points when one fails
 ) -> Path:                                      # the sweep's folder
     "Runs a plan and writes its tables; `UsageError` before anything starts, `RunInUse`, or, in the end, `SweepFailed`."
+    with optional('sweep'): import distributed  # said before anything starts
     shown, out = Path(out).as_posix(), resolve_run_dir(out)
     if workers is not None and workers < 1 or threads is not None and threads < 0: raise UsageError('at least one worker, and no negative number of threads')
     _check_out(out, resume)

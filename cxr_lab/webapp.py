@@ -16,6 +16,7 @@ from markupsafe import Markup
 from .data import CLASSES
 from .films import Refused
 from .pages import NOTICE, THEME, content_policy, data_uri, environment
+from .runs import optional
 
 # %% ../nbs/lab/app.ipynb #10906e75
 def heat_layer(
@@ -193,14 +194,15 @@ def create_app(
     hosts=('127.0.0.1', 'localhost'),  # names under which requests may be addressed to it
 ):                                # -> starlette.applications.Starlette
     "The page and its two questions, as an ASGI application."
-    from anyio import CapacityLimiter, to_thread
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import ClientDisconnect
-    from starlette.responses import HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
+    with optional('app'):
+        from anyio import CapacityLimiter, to_thread
+        from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
+        from starlette.requests import ClientDisconnect
+        from starlette.responses import HTMLResponse, JSONResponse, Response
+        from starlette.routing import Route
 
     token, style, one = secrets.token_urlsafe(), THEME + _STYLE, CapacityLimiter(1)
     page = environment().from_string(_PAGE).render(style=Markup(style), script=Markup(_SCRIPT), empty=data_uri(np.zeros((1, 1), np.uint8)), token=token, limit=max_bytes, model=predictor.file.name, notice=NOTICE, classes=CLASSES)
@@ -234,7 +236,7 @@ def create_app(
 # %% ../nbs/lab/app.ipynb #e0e5cd07
 def _listen(app, host, port):
     "A server that does not run yet, the socket on which it already listens, and the address of its page."
-    import uvicorn
+    with optional('app'): import uvicorn
     try: listener = socket.create_server((host, port))
     except OSError as e: raise OSError(f'cannot listen on {host}, port {port} ({e.strerror}): choose another port') from None
     config = uvicorn.Config(app, http='h11', ws='none', lifespan='off', loop='asyncio', access_log=False, log_config=None, log_level='warning', server_header=False, proxy_headers=False,
