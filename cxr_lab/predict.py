@@ -285,7 +285,7 @@ class Predictor:
                 self._layer, p = cam.layer, maps.probabilities[:, 1]
             else:
                 with torch.inference_mode(): maps, p = None, network(x).double().softmax(1)[:, 1].cpu().numpy()
-        return p, seen[-1].detach().float().cpu().numpy(), maps
+        return p, seen.given[-1].detach().float().cpu().numpy(), maps
 
     def _lungs(self, fine) -> tuple[np.ndarray, list[str]]:  # (N,1,256,256) uint8 -> (N,256,256) bool, what is wrong with each
         "Tidied masks, and why some of them cannot be lungs."

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError, MulticlassAccuracy
 
-from .cores import in_processes, keep_freed_memory
+from .cores import in_processes, in_threads, keep_freed_memory
 from .data import CLASSES, COLORS, Dataset, on_phantoms
 from .model import build_model, load_model, save_model, to_float
 from .runs import Step, atomic_path, progress, read_json, read_metrics, write_json
@@ -226,18 +226,21 @@ def fit(
     return history
 
 # %% ../nbs/03_train.ipynb #9939baa4
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     pixels: np.ndarray,     # (N,1,H,W) uint8
-    batch_size: int = 256,
+    batch_size: int = 64,
 ) -> np.ndarray:            # (N,) float64, probability of PNEUMONIA
-    "Probabilities in batches, in evaluation mode; the model's mode is left as it was."
+    "Probabilities, a batch per core, in evaluation mode; the model's mode is left as it was."
     training, device = model.training, next(model.parameters()).device
+    @torch.inference_mode()
+    def answer(start):
+        x = to_float(torch.from_numpy(np.array(pixels[start:start + batch_size]))).to(device)
+        return model(x.contiguous(memory_format=torch.channels_last)).double().softmax(1)[:, 1].cpu()
     model.eval()
     try:
-        out = [model(to_float(torch.from_numpy(np.array(pixels[i:i + batch_size]))).to(device).contiguous(memory_format=torch.channels_last)).double().softmax(1)[:, 1].cpu()
-               for i in range(0, len(pixels), batch_size)]
+        starts, workers = range(0, len(pixels), batch_size), None if device.type == 'cpu' else 1
+        out = in_threads(answer, starts, workers=workers)
     finally: model.train(training)
     return torch.cat(out).numpy()
 

@@ -1,5 +1,5 @@
 "One process per core, one thread in each: order, equality, errors, interruption, and nobody left behind."
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from cxr_lab import cores as module
-from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, one_thread
+from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, in_threads, one_thread
 
 
 def whose(item): return os.getpid(), item
@@ -150,3 +150,29 @@ def wait(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end, 'waited in vain'
         time.sleep(.05)
+
+
+# Threads
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_threads_return_in_order_and_each_computes_on_one_core(workers):
+    import torch
+    before = torch.get_num_threads()
+    def slow(item): time.sleep(.02 * (5 - item)); return item, threading.get_ident(), torch.get_num_threads()
+    found = in_threads(slow, range(5), workers=workers)
+    assert [i for i, _, _ in found] == list(range(5)) and {n for _, _, n in found} == {1}
+    assert len({thread for _, thread, _ in found}) == workers and torch.get_num_threads() == before
+
+def test_threads_use_the_cores_there_are(monkeypatch):
+    monkeypatch.setenv('CXR_LAB_CORES', '4')
+    together = threading.Barrier(4)  # passes only if four are at work at once
+    assert in_threads(lambda i: together.wait(60) is not None, range(4)) == [True] * 4
+    assert in_threads(whose, []) == []
+
+def test_an_error_in_a_thread_is_raised_here_and_what_waits_is_not_begun():
+    begun = []
+    def bad(item):
+        begun.append(item)
+        raise RuntimeError(f'item {item} is bad')
+    with pytest.raises(RuntimeError, match='item 0 is bad'): in_threads(bad, range(1000), workers=1)
+    assert len(begun) < 1000

@@ -1,5 +1,5 @@
 "Embeddings, maps, their numbers, and the interactive page in a real browser."
-import base64, gzip, html, io, json, os, subprocess, sys
+import base64, gzip, html, io, json, os, subprocess, sys, threading
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,20 @@ def test_embeddings_are_the_models_own(tiny, small, batch_size):
     with torch.no_grad(): own = small.embed(to_float(torch.from_numpy(tiny.pixels[:20]))).numpy()
     assert vectors.dtype == np.float32 and np.allclose(vectors, own, atol=1e-5)
     assert probability.dtype == np.float64 and np.allclose(probability, predict(small, tiny.pixels[:20]), atol=1e-6)
+
+@pytest.mark.parametrize('function', [embed, predict])
+def test_the_number_of_cores_does_not_change_a_bit(tiny, small, monkeypatch, function):
+    "And every core gets a batch: four calls of the network are under way at once."
+    together, found = threading.Barrier(4), []
+    def meet(*call): together.wait(60)
+    for n in (1, 4):
+        monkeypatch.setenv('CXR_LAB_CORES', str(n))
+        hook = small.register_forward_hook(meet) if n == 4 else None
+        try: told = function(small, tiny.pixels, 50)
+        finally:
+            if hook: hook.remove()
+        found.append(told if function is embed else (told,))
+    for one, four in zip(*found): assert np.array_equal(one, four)
 
 @pytest.mark.parametrize('name, width', [('resnet18', 512), ('mobilenet_v3_small', 1024), ('swin_t', 768)])
 def test_embeddings_of_other_networks(name, width):
