@@ -6,12 +6,23 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
+QUIET = .1  # share of the processor that may be busy with something else when results are to be kept
+
+def busy_share(seconds: float = 2) -> float:
+    "Share of all cores that is busy, over some seconds in which this process waits."
+    import psutil
+    return psutil.cpu_percent(interval=seconds) / 100
+
 def arguments(description, **options):  # name -> (default, help)
-    "Command line: the options, and --write."
+    "Command line: the options, and --write, which is refused while something else uses the processor."
     parser = argparse.ArgumentParser(description=description)
     for name, (default, text) in options.items(): parser.add_argument(f'--{name}', type=type(default), default=default, help=f'{text} ({default})')
     parser.add_argument('--write', action='store_true', help='write benchmarks/results/<name>.json and benchmarks/README.md')
-    return parser.parse_args()
+    found = parser.parse_args()
+    if found.write and (busy := busy_share()) > QUIET:
+        parser.exit(1, f'--write: {busy:.0%} of the processor was busy for two seconds, expected at most {QUIET:.0%}; '
+                       'times would be those of both. Wait until nothing else runs, or leave --write out\n')
+    return found
 
 def machine() -> dict:
     "What a time depends on, besides the code."
@@ -97,10 +108,12 @@ python benchmarks/tsne.py       # embeddings against a plain loop, maps against 
 python benchmarks/predict.py    # answers for files against a plain loop, without and with heatmaps, and memory over many files
 python benchmarks/sweep.py      # a grid on Dask workers against papermill in a loop
 python benchmarks/unusual.py    # which images are warned of: false warnings, and each kind that is no upright chest X-ray
+python benchmarks/growth.py     # what each step costs per image, and in memory, for 5,856 to 112,000 images
 ```
 
 Each prints a table; `--write` keeps it in `results/` and in this page, `--help` lists the sizes that can be set. `CXR_LAB_DATA` names the folder with the real images;
-phantoms are used without it. Let nothing else run meanwhile: the load of the machine before the start is part of the result.
+phantoms are used without it. Let nothing else run meanwhile: `--write` is refused while something else uses the processor, and the load
+before the start is part of the result.
 """
 
 def write_readme():
