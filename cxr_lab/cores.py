@@ -152,5 +152,5 @@ def in_threads(
     def alone():
         if torch: torch.set_num_threads(1)  # PyTorch asks the thread that computes
     with one_thread(), ThreadPoolExecutor(n, initializer=alone) as pool:
-        results = pool.map(function, items)
+        results = map(function, items) if n == 1 else pool.map(function, items)
         return list(progress(results, desc, len(items)) if desc else results)
