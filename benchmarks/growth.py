@@ -1,4 +1,4 @@
-"""What ten and twenty times as many images cost: index, cache, split, training, prediction, intervals.
+"""What twenty times as many images cost: index, cache, split, training, prediction, intervals.
 
 Each stage runs in a process of its own. Time is processor time per image, so that a stage on all
 cores and a stage on one are measured alike. Memory is the highest that the process has had for
@@ -13,10 +13,11 @@ from common import arguments, report
 SIZE = 64      # pixels of the files
 SMALL = 32     # pixels of the cached images
 PER_IMAGE = 3  # KB of memory that an image may cost: its row of the index, while the table is made
-STAGES = ('index', 'index and cache', 'cache', 'split', 'training, an epoch', 'prediction', 'intervals')
+STAGES = ('index', 'index and cache', 'cache', 'split', 'training, an epoch', 'prediction',
+          'intervals')
 
 def make_images(root: Path, n: int, sources: list[bytes]):
-    "Some JPEG files, again and again, as n images of n / 2 patients: each gets bytes of its own after its end."
+    "A few JPEG files as n images of n / 2 patients: each gets bytes of its own after its end."
     for split in ('train', 'test'):
         for c in ('NORMAL', 'PNEUMONIA'): (root/split/c).mkdir(parents=True)
     for i in range(n):
@@ -52,7 +53,8 @@ def prepared(stage: str, folder: Path, n: int):
     from cxr_lab.model import build_model
     from cxr_lab.train import fit, predict
     torch.set_num_threads(1)
-    data = Dataset(split_validation(index), pixel_cache(root, index, SMALL, folder=cache), Source('folder', root))
+    pixels = pixel_cache(root, index, SMALL, folder=cache)
+    data = Dataset(split_validation(index), pixels, Source('folder', root))
     if stage == 'prediction': return lambda: predict(build_model('small'), data.pixels)
     (folder/'fit').mkdir(exist_ok=True)
     settings = dict(seed=0, epochs=1, batch_size=64, lr=3e-3, weight_decay=.02)
@@ -94,12 +96,14 @@ def checked(found, sizes):
     "Rows of the table, and whether time and memory grow as they may."
     rows, checks, first, last = [], {}, sizes[0], sizes[-1]
     for stage, at in found.items():
-        rows.append({'stage': stage} | {f'{n:,}: ms of a core per image': f'{at[n]["ms"]:.3f}' for n in sizes}
-                    | {f'{n:,}: MB': f'{at[n]["mb"]:.0f}' for n in sizes})
+        times = {f'{n:,}: ms of a core per image': f'{at[n]["ms"]:.3f}' for n in sizes}
+        rows.append({'stage': stage} | times | {f'{n:,}: MB': f'{at[n]["mb"]:.0f}' for n in sizes})
         ratio = at[last]['ms'] / at[first]['ms']
-        checks[f'{stage}: time per image, {last:,} against {first:,}'] = (ratio, '1.2 at most', ratio <= 1.2)
+        what = f'{stage}: time per image, {last:,} against {first:,}'
+        checks[what] = (ratio, '1.2 at most', ratio <= 1.2)
         more = (at[last]['mb'] - at[first]['mb']) * 1024 / (last - first)
-        checks[f'{stage}: KB of memory per further image'] = (more, f'{PER_IMAGE} at most', more <= PER_IMAGE)
+        what = f'{stage}: KB of memory per further image'
+        checks[what] = (more, f'{PER_IMAGE} at most', more <= PER_IMAGE)
     return rows, checks
 
 if __name__ == '__main__':
@@ -119,5 +123,5 @@ if __name__ == '__main__':
         made = write_phantoms(Path(folder)/'phantoms', n_train=240, n_val=20, n_test=40, size=SIZE)
         sources = [p.read_bytes() for p in sorted(made.glob('chest_xray/*/*/*.jpeg'))]
         rows, checks = checked(measure(sizes, sources, Path(folder)), sizes)
-    report('growth', f'More images ({SIZE} px phantoms, cached and trained at {SMALL} px)', rows, checks, a.write,
-           load=load, sizes=a.sizes)
+    title = f'More images ({SIZE} px phantoms, cached and trained at {SMALL} px)'
+    report('growth', title, rows, checks, a.write, load=load, sizes=a.sizes)

@@ -146,7 +146,7 @@ def in_threads(
     desc: str | None = None,     # what is going on, for a progress bar; None: no bar
     workers: int | None = None,  # threads; None: one per core
 ) -> list:                       # what the calls return, in the order of the items
-    "Calls a function for each item in this process, as many at a time as there are cores, each computing on one."
+    "Calls a function for each item in this process, a thread per core, each computing on one."
     items = list(items)
     n, torch = fit_workers(len(items), workers), sys.modules.get('torch')
     def alone():

@@ -380,7 +380,7 @@ def _open_cache(folder, meta, full=2 << 30):
     return pixels if all(zlib.crc32(pixels[i * n:(i + 1) * n]) == crc[i] for i in which) else None
 
 def _keep(place, index, size, aspect, write):
-    "The mapped pixels of an index; unless they are there, `write` puts them into a folder and returns their checksums."
+    "The mapped pixels of an index; if they are not there, `write` makes them in a folder."
     order = hashlib.sha256('\n'.join(index.path).encode()).hexdigest()
     meta = dict(version=_CACHE_VERSION, fingerprint=fingerprint(index), order=order,
                 n=len(index), size=size, aspect=aspect)

@@ -371,7 +371,7 @@ def marker_datasets(
     size: int = 128,     # pixels
     seed: int = 0,
 ) -> list[Dataset]:      # one per correlation; splits train, validation, test; test is exposed as train is
-    "Phantoms with a letter in the corner, the same children in each set, made once and kept in the cache folder."
+    "Phantoms with a letter in the corner, the same children in each set; kept in the cache folder."
     roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}' for phi in correlations}
     marked = {root: phi for phi, root in roots.items()}
     write_marked(marked, n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, test_shift=0.)

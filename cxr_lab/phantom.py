@@ -805,7 +805,7 @@ def write_marked(
     n_train: int = 480, n_val: int = 16, n_test: int = 200, size: int = 224, seed: int = 0,
     test_shift: float = 1., workers: int | None = None,
 ):
-    "`write_phantoms` for several folders that differ in their markers only: each child is X-rayed once."
+    "`write_phantoms` for folders that differ in their markers only: each child is X-rayed once."
     counts = dict(train=n_train, val=n_val, test=n_test)
     wanted = {Path(root): {'generator': _VERSION, **_check(counts, size, seed, phi, test_shift, workers)}
               for root, phi in roots.items()}
@@ -828,7 +828,7 @@ def write_marked(
         for root, items in plans.items(): _write_table(folders[root], items, areas, wanted[root])
 
 def _make_folders(root):
-    "All folders of a data set; whoever writes a file later finds them, or nothing if they were removed."
+    "All folders of a data set: where they were removed, nobody can write any more."
     for name in _FOLDERS:
         for split in SPLITS:
             for label in CLASSES: (root/name/split/label).mkdir(parents=True)

@@ -30,7 +30,8 @@ def score(
     from sklearn.metrics import confusion_matrix, roc_auc_score
     y, p = np.asarray(labels).astype(int), np.asarray(probabilities, float)
     if y.shape != p.shape or y.ndim != 1 or not len(y):
-        raise ValueError(f'labels {y.shape} and probabilities {p.shape} must be equally long vectors')
+        raise ValueError(f'labels {y.shape} and probabilities {p.shape} '
+                         'must be equally long vectors')
     tn, fp, fn, tp = confusion_matrix(y, p >= threshold, labels=[0, 1]).ravel().astype(float)
     both = 0 < y.sum() < len(y)
     out = _rates(tp, fp, tn, fn) | {'auroc': roc_auc_score(y, p) if both else np.nan}
@@ -41,7 +42,7 @@ def choose_threshold(
     labels: np.ndarray,         # (N,) 0 or 1, of the validation split
     probabilities: np.ndarray,  # (N,) of class 1
 ) -> float:
-    "The threshold with the largest Youden index, halfway between the two probabilities it separates; `ValueError` unless both classes are there."
+    "The largest Youden index, halfway between two probabilities; `ValueError` for one class only."
     from sklearn.metrics import roc_curve
     if len(np.unique(labels)) != 2:
         raise ValueError('a threshold can only be chosen on images of both classes')
@@ -82,7 +83,7 @@ def weighted_scores(
     weights: np.ndarray,        # (B,N), not negative
     threshold: float = .5,      # PNEUMONIA from here on
 ) -> dict:                      # METRICS, each (B,) float, NaN where undefined
-    "`score` under many sets of weights at once. AUROC: the weight of the ill above each healthy one, ties counted half (Mann-Whitney)."
+    "`score` under many sets of weights at once; AUROC as Mann and Whitney count it, ties half."
     y, p = np.asarray(labels).astype(bool), np.asarray(probabilities)
     hit = p >= threshold
     kinds = np.stack([y & hit, ~y & hit, ~y & ~hit, y & ~hit], axis=1).astype(float)
