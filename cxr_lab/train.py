@@ -33,6 +33,7 @@ from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError, Mul
 
 from .cores import in_processes, in_threads, keep_freed_memory
 from .data import CLASSES, COLORS, Dataset, on_phantoms
+from .kept import changed, code_of
 from .model import build_model, load_model, save_model, to_float
 from .runs import Step, atomic_path, progress, read_json, read_metrics, write_json
 from .scores import METRICS, calibration_error, choose_threshold, intervals, mean_sd, score
@@ -245,7 +246,7 @@ def predict(
     return torch.cat(out).numpy()
 
 # %% ../nbs/03_train.ipynb #1d14b897
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Experiment:
     "One recipe, to be trained with each seed."
     name: str                # in tables: baseline, augmented, ...
@@ -253,13 +254,14 @@ class Experiment:
     augment: object = None   # nn.Module, its repr is part of the recipe
     sub: str = ''            # folder below the step's
     facts: dict = field(default_factory=dict)  # what else makes it another recipe
+    made_by: tuple = ()      # functions that made its images, if not lesson 00 alone: their code is part of the recipe
 
 def _rank():  # of this process among those that train together
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 DATA_KEYS = ('groups', 'image_size', 'aspect', 'val_fraction', 'seed')  # parameters of lesson 00 that decide what is trained on
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     "An experiment with one seed: its folder, its recipe, how far it is."
     step: Step
@@ -267,6 +269,7 @@ class Training:
     seed: int
     settings: dict  # model, epochs, batch_size, lr, weight_decay, ...
     trainer: dict   # as pytorch_lightning.Trainer takes them
+    code: dict      # of code_of
 
     @property
     def place(self): return (Path(self.experiment.sub)/f'seed_{self.seed}').as_posix()
@@ -279,12 +282,16 @@ class Training:
         e, before = self.experiment, self.step.params('00_data')
         return {'dataset': self.step.fact('dataset')['fingerprint'], **{k: before[k] for k in DATA_KEYS if k in before},
                 'experiment': e.name, 'training_seed': self.seed, 'augment': repr(e.augment),
-                **self.settings, **e.facts, 'trainer': self.trainer}
+                **self.settings, **e.facts, 'trainer': self.trainer, 'code': self.code}
 
-    def begun(self) -> bool:
-        "Whether what the folder holds is of this recipe."
+    def differences(self) -> list[str] | None:
+        "What of the recipe is not as it was when the folder was made; None if there is none."
         file = self.folder/'recipe.json'
-        return file.exists() and read_json(file) == self.recipe
+        if not file.exists(): return None
+        then, now = read_json(file), self.recipe
+        return changed(then | {'code': None}, now | {'code': None}) + changed(then.get('code', {}), now['code'])
+
+    def begun(self) -> bool: return self.differences() == []
 
     def complete(self) -> bool: return self.begun() and (self.folder/'metrics.json').exists()
 
@@ -312,7 +319,7 @@ class Training:
         network = build_model(s['model'])
         image_size, aspect = (self.step.params('00_data')[k] for k in ('image_size', 'aspect'))
         info = dict(model=s['model'], image_size=image_size, aspect=aspect, scaling='uint8 / 255',
-                    trained_on=e.data.source.kind, recipe=self.recipe)
+                    trained_on=e.data.source.kind, recipe={k: v for k, v in self.recipe.items() if k != 'code'})
         knobs = {k: s[k] for k in ('epochs', 'batch_size', 'lr', 'weight_decay')}
         history = fit(network, e.data, self.folder, info, seed=self.seed, augment=e.augment, **knobs, **self.trainer)
         if _rank() == 0: _judge(self, network, history, started)
@@ -359,8 +366,9 @@ def run_experiments(
     step: Step,
     experiments: list,  # of Experiment
     params: dict,       # model, epochs, batch_size, lr, weight_decay, seeds, seed, and, if need be, trainer
+    fresh: bool = False,  # train again what is complete, too
 ) -> dict:              # name -> DataFrame, one row per seed: the metrics of its metrics.json, and seconds
-    "Trains, predicts and scores each experiment with each seed, one training per core; what is complete for the same recipe is kept."
+    "Trains, predicts and scores each experiment with each seed, one training per core; what the same images, parameters and code have made is kept."
     settings = {k: v for k, v in params.items() if k not in ('seeds', 'seed', 'trainer')}
     trainer = trainer_settings(params.get('trainer', ''))
     workers = trainer.pop('side_by_side', None)
@@ -368,13 +376,29 @@ def run_experiments(
     seeds = range(params['seed'], params['seed'] + params['seeds'])
     def training(e, seed):
         batch = min(settings['batch_size'], max(8, len(e.data.rows('train')) // 32))
-        return Training(step, e, seed, settings | {'batch_size': batch}, trainer)
+        return Training(step, e, seed, settings | {'batch_size': batch}, trainer, codes[e.name])
+    codes = {e.name: code_of(build_model, Classifier, fit, e.augment, *e.made_by) for e in experiments}
     trainings = {e.name: [training(e, seed) for seed in seeds] for e in experiments}
     if len({t.place for of in trainings.values() for t in of}) < len(seeds) * len(experiments):
         raise ValueError('two experiments have the same name or the same folder')
-    todo = [t for of in trainings.values() for t in of if not t.complete()]
+    todo = [t for of in trainings.values() for t in of if fresh or not t.complete()]
+    for name, of in trainings.items(): print(f'{name}: {_fate(of, todo)}')
+    if fresh:
+        for t in todo: (t.folder/'recipe.json').unlink(missing_ok=True)
     _run(todo, workers)
     return {name: pd.DataFrame([read_metrics(t.folder/'metrics.json') | read_json(t.folder/'timing.json') for t in of]) for name, of in trainings.items()}
+
+def _fate(trainings, todo) -> str:
+    "What becomes of the trainings of one experiment, and why."
+    kept, again = [t for t in trainings if t not in todo], [t for t in trainings if t in todo]
+    told = []
+    if kept:
+        when = max((t.folder/'metrics.json').stat().st_mtime for t in kept)
+        told.append(f'{len(kept)} kept from {time.strftime("%Y-%m-%d %H:%M", time.localtime(when))} (same images, parameters and code)')
+    if again:
+        why = sorted({d for t in again for d in t.differences() or []})
+        told.append(f'{len(again)} to train' + (f' (changed: {", ".join(why[:4])}{" ..." if len(why) > 4 else ""})' if why else ''))
+    return ', '.join(told)
 
 def _run(todo, workers):
     "The trainings that are not complete: side by side on cores, one after the other where they share devices."
@@ -394,9 +418,10 @@ def run_experiment(
     params: dict,        # as for run_experiments
     augment=None,        # nn.Module, its repr is part of the recipe
     sub: str = '',       # folder below the step's
+    fresh: bool = False, # train again what is complete, too
 ) -> pd.DataFrame:       # one row per seed
     "`run_experiments` with one."
-    return run_experiments(step, [Experiment(experiment, data, augment, sub)], params)[experiment]
+    return run_experiments(step, [Experiment(experiment, data, augment, sub)], params, fresh)[experiment]
 
 # %% ../nbs/03_train.ipynb #e69273d3
 def read_histories(
