@@ -10,6 +10,10 @@ _parser = configparser.ConfigParser(delimiters=['='])
 _parser.read(HERE/'settings.ini', encoding='utf-8')
 cfg = _parser['DEFAULT']
 
+# Parts that not everybody needs, `pip install 'cxr_lab[sweep]'`; who develops tests them all.
+extras = {part: cfg[f'{part}_requirements'].split() for part in ('sweep', 'app', 'onnx', 'dev')}
+extras['dev'] += extras['sweep'] + extras['app'] + extras['onnx']
+
 
 class BuildWithNotebooks(build_py):
     "Adds `cxr_lab/notebooks/*.ipynb`, so that `cxr-lab run` works from any folder after `pip install`."
@@ -30,10 +34,11 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0', license_files=['LICENSE'],
     long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']), package_data={cfg['lib_path']: ['weights/*']}, python_requires='>=' + cfg['min_python'],
-    install_requires=cfg['requirements'].split(), extras_require={'dev': cfg['dev_requirements'].split(), 'onnx': cfg['onnx_requirements'].split()},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()}, cmdclass={'build_py': BuildWithNotebooks},
     zip_safe=False,
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Intended Audience :: Education',
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11',
-                 'Programming Language :: Python :: 3.12', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+                 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13',
+                 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
 )

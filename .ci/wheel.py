@@ -1,4 +1,4 @@
-"A wheel holds the lessons, and what it installs needs none of the development tools: `python .ci/wheel.py WHEEL`."
+"A wheel holds the lessons, and its modules need neither development tools nor optional parts to be imported: `python .ci/wheel.py WHEEL`."
 import json, subprocess, sys, tempfile
 from pathlib import Path
 from zipfile import ZipFile
@@ -16,7 +16,8 @@ with ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
 import importlib, sys
 class Blocked:
     def find_spec(self, name, *rest):
-        if name.split('.')[0] in ('nbdev', 'execnb', 'fastcore', 'pytest', 'smalldocs'): raise ModuleNotFoundError(name + ' is a development tool')
+        if name.split('.')[0] in ('nbdev', 'execnb', 'fastcore', 'pytest', 'smalldocs', 'distributed', 'bokeh', 'starlette', 'uvicorn', 'onnx', 'onnxscript'):
+            raise ModuleNotFoundError(name + ' is a development tool or an optional part')
 sys.meta_path.insert(0, Blocked())
 sys.path.insert(0, {folder!r})
 for name in {modules!r}: importlib.import_module(name.removesuffix('.__init__'))

@@ -107,6 +107,7 @@ python benchmarks/segment.py    # lung masks against the published U-Net with it
 python benchmarks/tsne.py       # embeddings against a plain loop, maps against scikit-learn's TSNE
 python benchmarks/predict.py    # answers for files against a plain loop, without and with heatmaps, and memory over many files
 python benchmarks/sweep.py      # a grid on Dask workers against papermill in a loop
+python benchmarks/startup.py    # processor time of imports and of the command line
 python benchmarks/unusual.py    # which images are warned of: false warnings, and each kind that is no upright chest X-ray
 python benchmarks/growth.py     # what each step costs per image, and in memory, for 5,856 to 112,000 images
 ```
