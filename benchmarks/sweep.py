@@ -67,10 +67,8 @@ if __name__ == '__main__':
             rows.append({'how': name, 'points': len(plan.points), 'executions of notebooks': executions, 'seconds': seconds[name], 'points/minute': 60*len(plan.points)/seconds[name]})
         plain, one, some = seconds
         def difference(how): return max(abs(x - y) for p, q in zip(found[plain], found[how], strict=True) for x, y in zip(p, q, strict=True))
-        assert difference(one) < 1e-6, f'the two sides do not measure the same: AUROC differs by {difference(one):.4f}'
-        # Several workers compute with fewer threads each, which add in another order; small networks after few steps make much of that.
-        means = [statistics.mean(x for p in found[how] for x in p) for how in (plain, some)]
-        assert abs(means[0] - means[1]) < .05, f'mean AUROC {means[0]:.3f} and {means[1]:.3f}'
+        for how in (one, some):  # a training computes with one thread, so how many there are at a time changes no digit
+            assert difference(how) < 1e-6, f'{how} does not measure what {plain} does: AUROC differs by {difference(how):.1e}'
         checks = {f'times as fast with {a.workers} workers': (seconds[plain]/seconds[some], 1.6, seconds[plain]/seconds[some] >= 1.6),
                   'times as fast with 1 worker': (seconds[plain]/seconds[one], 1, seconds[plain]/seconds[one] >= 1)}
         if a.thousand:
