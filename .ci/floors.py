@@ -1,17 +1,19 @@
-"The oldest packages that settings.ini allows, as pins for pip: `pip install $(python .ci/floors.py)`."
+"The oldest packages that settings.ini allows, as pins: `pip install $(python .ci/floors.py)`."
 import configparser
 from pathlib import Path
 
-PARTS = ('requirements', 'sweep_requirements', 'app_requirements', 'onnx_requirements')  # what is installed for its own sake
+PARTS = ('requirements', 'sweep_requirements', 'app_requirements', 'onnx_requirements')
 
 def floors(
     settings,  # mapping of settings.ini's DEFAULT section
 ) -> list[str]:
-    "Every lower bound of the package and its parts as a pin; the tools of `dev` as they are asked for."
+    "Every lower bound of the package and its parts as a pin; the tools of `dev` as they stand."
     pins = []
     for requirement in ' '.join(settings[part] for part in PARTS).split():
         name, bound, version = requirement.partition('>=')
-        if not bound or ',' in version: raise ValueError(f'{requirement} in settings.ini: expected NAME>=VERSION, so that there is a floor to test')
+        if not bound or ',' in version:
+            raise ValueError(f'{requirement} in settings.ini: expected NAME>=VERSION, '
+                             'so that there is a floor to test')
         pins.append(f'{name}=={version}')
     return pins + settings['dev_requirements'].split()
 

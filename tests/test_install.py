@@ -1,7 +1,6 @@
-"What is installed: the floors of settings.ini, the optional parts, and what is said where one is missing."
+"What is installed: floors, optional parts, and what is said where one is missing."
 import ast, importlib.util, os, subprocess, sys
-from importlib.metadata import packages_distributions
-from pathlib import Path
+from importlib.metadata import packages_distributions, version
 
 import pytest
 from packaging.requirements import Requirement
@@ -24,7 +23,8 @@ def floors(repo):
 def extras(repo, tmp_path_factory):
     "What setup.py tells pip: the part ('' is the base) -> requirements."
     folder = tmp_path_factory.mktemp('egg')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '-e', str(folder)], cwd=repo, check=True, capture_output=True)
+    command = [sys.executable, 'setup.py', '-q', 'egg_info', '-e', str(folder)]
+    subprocess.run(command, cwd=repo, check=True, capture_output=True)
     parts, part = {'': []}, ''
     for line in (folder/'cxr_lab.egg-info/requires.txt').read_text().split():
         if line.startswith('['): part = line.strip('[]')
@@ -34,24 +34,31 @@ def extras(repo, tmp_path_factory):
 def names(requirements): return {r.name.lower().replace('_', '-') for r in requirements}
 
 def test_floors_are_pins(floors):
-    settings = dict(requirements='numpy>=2.0 torch>=2.8', sweep_requirements='bokeh>=3.6.2', app_requirements='', onnx_requirements='onnx>=1.23',
+    settings = dict(requirements='numpy>=2.0 torch>=2.8', sweep_requirements='bokeh>=3.6.2',
+                    app_requirements='', onnx_requirements='onnx>=1.23',
                     dev_requirements='pytest>=8.2 fastcore<2')
-    assert floors.floors(settings) == ['numpy==2.0', 'torch==2.8', 'bokeh==3.6.2', 'onnx==1.23', 'pytest>=8.2', 'fastcore<2']
+    assert floors.floors(settings) == ['numpy==2.0', 'torch==2.8', 'bokeh==3.6.2', 'onnx==1.23',
+                                       'pytest>=8.2', 'fastcore<2']
     for wrong in ('numpy', 'numpy==2.0', 'numpy>=2.0,<3'):
-        with pytest.raises(ValueError, match='expected NAME>=VERSION'): floors.floors(settings | {'requirements': wrong})
+        with pytest.raises(ValueError, match='expected NAME>=VERSION'):
+            floors.floors(settings | {'requirements': wrong})
 
 def test_the_floors_of_the_package_are_below_what_is_installed(floors, repo):
-    done = subprocess.run([sys.executable, '.ci/floors.py'], cwd=repo, check=True, capture_output=True, text=True)
+    command = [sys.executable, '.ci/floors.py']
+    done = subprocess.run(command, cwd=repo, check=True, capture_output=True, text=True)
     pins = [Requirement(line) for line in done.stdout.split()]
     assert {'numpy', 'torch', 'distributed', 'starlette', 'onnx', 'pytest'} <= names(pins)
     pinned = {p.name: next(iter(p.specifier)) for p in pins}
-    assert pinned['torch'].operator == '==' and Version(pinned['torch'].version) <= Version(__import__('torch').__version__)
+    assert pinned['torch'].operator == '=='
+    assert Version(pinned['torch'].version) <= Version(version('torch'))
 
 def test_whoever_develops_gets_all_parts(extras):
-    assert names(extras['sweep']) == {'distributed', 'bokeh'} and names(extras['app']) == {'starlette', 'uvicorn', 'anyio'}
+    assert names(extras['sweep']) == {'distributed', 'bokeh'}
+    assert names(extras['app']) == {'starlette', 'uvicorn', 'anyio'}
     assert names(extras['onnx']) == {'onnx', 'onnxscript'}
     for part in ('sweep', 'app', 'onnx'):
-        assert set(map(str, extras[part])) <= set(map(str, extras['dev'])) and not names(extras[part]) & names(extras[''])
+        assert set(map(str, extras[part])) <= set(map(str, extras['dev']))
+        assert not names(extras[part]) & names(extras[''])
 
 def test_everything_that_is_imported_is_required(repo, extras):
     "By the base, or by a part that the module names when something is missing."
@@ -59,40 +66,47 @@ def test_everything_that_is_imported_is_required(repo, extras):
     brought = {'jupyter-client': 'ipykernel', 'ipython': 'ipykernel', 'dask': 'distributed'}
     for path in sorted((repo/'cxr_lab').glob('*.py')):
         tree = ast.parse(path.read_text(encoding='utf-8'))
-        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'optional']
-        allowed = names(extras['']).union(*(names(extras[call.args[0].value]) for call in calls))
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+        parts = [n.args[0].value for n in calls if getattr(n.func, 'id', '') == 'optional']
+        allowed = names(extras['']).union(*(names(extras[part]) for part in parts))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import): found = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level: found = [node.module]
             else: continue
-            for module in {f.split('.')[0] for f in found} - set(sys.stdlib_module_names) - {'cxr_lab'}:
+            modules = {f.split('.')[0] for f in found}
+            for module in modules - set(sys.stdlib_module_names) - {'cxr_lab'}:
                 homes = {d.lower().replace('_', '-') for d in owners[module]}
-                assert {brought.get(h, h) for h in homes} & allowed, f'{path.name} imports {module}, of {homes}'
+                known = {brought.get(h, h) for h in homes} & allowed
+                assert known, f'{path.name} imports {module}, of {homes}'
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'bokeh', None)
-    with pytest.raises(RuntimeError, match=r"^bokeh is not installed; .*pip install 'cxr_lab\[sweep\]'$"):
+    said = r"^bokeh is not installed; .*pip install 'cxr_lab\[sweep\]'$"
+    with pytest.raises(RuntimeError, match=said):
         with optional('sweep'): import bokeh  # noqa: F401
     with pytest.raises(ZeroDivisionError):
         with optional('sweep'): 1/0
 
 @pytest.mark.parametrize('missing, part, command', [
-    ('distributed', 'sweep', ['sweep', '00_data', '--out', 'swept']), ('starlette.applications', 'app', ['app', '--no-browser']),
-    ('uvicorn', 'app', ['app', '--no-browser']), ('anyio', 'app', ['app', '--no-browser']), ('onnxscript', 'onnx', ['export', 'm.onnx'])])
-def test_a_command_says_in_one_line_which_part_it_lacks(missing, part, command, tmp_path, monkeypatch):
+    ('distributed', 'sweep', ['sweep', '00_data', '--out', 'swept']),
+    ('starlette.applications', 'app', ['app', '--no-browser']),
+    ('uvicorn', 'app', ['app', '--no-browser']), ('anyio', 'app', ['app', '--no-browser']),
+    ('onnxscript', 'onnx', ['export', 'm.onnx'])])
+def test_a_command_says_in_one_line_what_it_lacks(missing, part, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, missing, None)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1 and result.stdout == ''
-    assert result.stderr == f"cxr-lab: {missing} is not installed; it comes with an optional part of cxr_lab: pip install 'cxr_lab[{part}]'\n"
+    assert result.stderr == (f'cxr-lab: {missing} is not installed; it comes with an optional part '
+                             f"of cxr_lab: pip install 'cxr_lab[{part}]'\n")
     assert os.listdir() == [], 'nothing was begun'
 
-def test_lessons_and_predictions_need_no_part(tmp_path):
-    "The modules that they use are imported with every part out of reach."
-    code = '''import importlib, sys
-for name in ('distributed', 'dask', 'bokeh', 'starlette', 'uvicorn', 'onnx', 'onnxscript'): sys.modules[name] = None
-for name in ('data', 'explore', 'model', 'train', 'augment', 'compare', 'gradcam', 'segment', 'masked', 'tsne', 'predict', 'pages', 'pipeline', 'sweep', 'webapp', 'cli'):
-    importlib.import_module(f'cxr_lab.{name}')'''
-    repo = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(repo)}, capture_output=True, text=True)
+def test_all_modules_are_imported_with_every_part_out_of_reach(repo, tmp_path):
+    modules = [path.stem for path in sorted((repo/'cxr_lab').glob('[a-z]*.py'))]
+    parts = ('distributed', 'dask', 'bokeh', 'starlette', 'uvicorn', 'onnx', 'onnxscript')
+    code = f'''import importlib, sys
+for name in {parts!r}: sys.modules[name] = None
+for name in {modules!r}: importlib.import_module('cxr_lab.' + name)'''
+    command, env = [sys.executable, '-c', code], os.environ | {'PYTHONPATH': str(repo)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
