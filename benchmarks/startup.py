@@ -1,6 +1,6 @@
 """Processor time of a start, each in a fresh process: imports against `import torch`, the command
 line against `python -c pass`."""
-import os, resource, statistics, subprocess, sys, tempfile
+import os, resource, shutil, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
 from common import arguments, report
@@ -34,6 +34,7 @@ if __name__ == '__main__':
             for name, command in STARTS.items():
                 seconds = processor_seconds(command, folder)
                 if r: taken[name].append(seconds)
+            shutil.rmtree(Path(folder)/'predictions')  # an answer is not given twice into one folder
     def median(name): return statistics.median(taken[name])
     def ratio(name, base):
         return statistics.median(x/y for x, y in zip(taken[name], taken[base], strict=True))
