@@ -196,22 +196,32 @@ def check_run(run, kind, seeds, lessons, ablation=True):
         for letter, experiment in (('a', 'baseline'), ('b', 'augmented')): assert compare[f'{k}_{letter}'] == pytest.approx(np.mean([rows[experiment, s, '0.5'][k] for s in seeds]), abs=1e-6)
     return results
 
-@pytest.mark.integration
-def test_the_quick_study_on_phantoms(tmp_path):
+def check_study(folder, *options):
     "`cxr-lab run --quick` in an empty folder: complete, consistent, silent; and nothing runs again with --resume."
-    done = cli('run', '--quick', cwd=tmp_path)
+    done = cli('run', '--quick', *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert re.sub(rf'\d+_\w+ \(\d+/{len(STUDY)}\): done in \d+ s\n', '', done.stderr) == '', done.stderr
-    run = tmp_path/'runs'/'default'
+    run = folder/'runs'/'default'
     results = check_run(run, 'phantom', [0], STUDY, ablation=(run/'04_augment'/'geometric').is_dir())
     assert 'Computed on generated phantoms, not on patients.' in done.stdout and results['provenance']['data'] == 'phantom' and results['provenance']['outdated'] == []
-    assert not list(tmp_path.rglob('lightning_logs')) and sorted(p.name for p in tmp_path.iterdir()) == ['runs']
+    assert not list(folder.rglob('lightning_logs')) and sorted(p.name for p in folder.iterdir()) == ['runs']
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
-    again = cli('run', '--quick', '--resume', cwd=tmp_path)
+    again = cli('run', '--quick', *options, '--resume', cwd=folder)
     assert again.returncode == 0 and [line.split(': ')[1] for line in again.stderr.splitlines() if f'/{len(STUDY)})' in line] == ['complete'] * len(STUDY), again.stderr
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
-    table = cli('table', 'runs/default', cwd=tmp_path)
+    table = cli('table', 'runs/default', cwd=folder)
     assert table.returncode == 0 and 'augmented' in table.stdout and 'baseline' in table.stdout
+
+SMALL = dict(  # as little as the lessons accept: what is asked here is whether a run agrees with itself
+    phantoms=96, image_size=64, epochs=1, ablation='false', n_boot=50, images=12, steps=4,
+    shown=1500, perplexity=10, thumbnail=16)
+
+@pytest.mark.integration
+def test_a_small_study_on_phantoms(tmp_path):
+    check_study(tmp_path, *(part for k, v in SMALL.items() for part in ('-p', f'{k}={v}')))
+
+@pytest.mark.slow
+def test_the_quick_study_on_phantoms(tmp_path): check_study(tmp_path)
 
 @pytest.mark.slow
 def test_the_study_on_real_images(tmp_path, real_data):
