@@ -350,8 +350,8 @@ def _judge(training, network, history, started):
 
 # %% ../nbs/03_train.ipynb #6541ecde
 def training_memory(settings: dict, image_size: int) -> int:  # bytes
-    "About what one training takes: PyTorch itself, and the activations of a batch (measured: 100 bytes a pixel; large networks: 400)."
-    return int(9e8 + (100 if settings['model'] == 'small' else 400) * settings['batch_size'] * image_size ** 2)
+    "About what one training takes: PyTorch with its libraries, and the activations of a batch, 100 bytes a pixel; large networks: 400."
+    return int(1.2e9 + (100 if settings['model'] == 'small' else 400) * settings['batch_size'] * image_size ** 2)
 
 SMALL = 10_000  # images: below it, starting a process takes longer than it saves
 
