@@ -26,6 +26,7 @@ from filelock import FileLock
 from PIL import Image
 
 import cxr_lab
+from .cores import cores, one_thread
 from .data import CLASSES, COLORS, Dataset, Source, cache_dir, fingerprint, open_image, resume_download, square
 from .runs import SPLITS, Step, atomic_path, progress, read_json, write_json
 
@@ -113,6 +114,9 @@ def _quiet():
 @cache
 def _keras():
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    # one thread per operation: sums have one order, whatever the number of cores; TensorFlow
+    # computes operations that do not wait for each other side by side
+    os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
     logging.getLogger('absl').setLevel(logging.ERROR)
     import torchvision  # first: imported after TensorFlow it brings a second LLVM, and the process is aborted
     with _quiet():
@@ -306,10 +310,15 @@ def raw_masks(
     pixels: np.ndarray,     # (N,1,H,W) uint8
     batch_size: int = 32,
 ) -> Masks:                 # N of the network's size
-    "Where the network's probability is above one half."
-    def each():
-        for i in progress(range(0, len(pixels), batch_size), 'segmenting'): yield from segmenter(np.array(pixels[i:i + batch_size]), batch_size) > .5
-    return pack(each())
+    "Where the network's probability is above one half; every core works on a batch of its own."
+    def batch(first):
+        found = segmenter(np.array(pixels[first:first + batch_size]), batch_size) > .5
+        return np.packbits(found, axis=-1)
+    starts = range(0, len(pixels), batch_size)
+    with one_thread(), ThreadPoolExecutor(cores()) as pool:
+        first = [batch(i) for i in starts[:1]]  # alone: it compiles
+        packed = first + list(progress(pool.map(batch, starts[1:]), 'segmenting', len(starts[1:])))
+    return Masks(np.concatenate(packed), segmenter.size)
 
 # %% ../nbs/07_segment.ipynb #c7b698d4
 def train_unet(

@@ -1,5 +1,5 @@
 "Lung segmentation: outlines, agreement, training and its interruption, files that cannot be trusted, plausibility, and that no image is lost."
-import json, shutil, subprocess, sys
+import json, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import cv2
@@ -348,6 +348,32 @@ import torchvision, cxr_lab.train
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == '' and done.stdout == '', done.stderr[-500:]
+
+
+# Many images
+
+@pytest.mark.parametrize('workers', ['1', '3'])
+def test_masks_of_many_images_are_those_of_one_batch_after_the_other(monkeypatch, workers):
+    monkeypatch.setenv('CXR_LAB_CORES', workers)
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 1, 64, 64), np.uint8)
+    segmenter, expected = Segmenter(build_unet(64, (4, 8))), []
+    for i in range(0, 23, 4):
+        expected.extend(segmenter(pixels[i:i + 4], 4) > .5)
+    found = seg.raw_masks(segmenter, pixels, 4)
+    assert len(found) == 23 and np.array_equal(found[:], expected) and 0 < np.mean(expected) < 1
+
+def test_every_core_segments_a_batch_of_its_own(monkeypatch):
+    monkeypatch.setenv('CXR_LAB_CORES', '3')
+    together = threading.Barrier(3, timeout=60)
+    class Meets(Fake):
+        "All batches but the first, which compiles, wait until three are under way."
+        alone = True
+        def predict_on_batch(self, x):
+            if self.alone: self.alone = False
+            else: together.wait()
+            return super().predict_on_batch(x)
+    masks = seg.raw_masks(Segmenter(Meets()), np.zeros((7 * 4, 1, 64, 64), np.uint8), 4)
+    assert len(masks) == 28
 
 
 # The cache of masks
