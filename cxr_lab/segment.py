@@ -114,8 +114,8 @@ def _quiet():
 @cache
 def _keras():
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-    # one thread per operation: sums have one order, whatever the number of cores; TensorFlow
-    # computes operations that do not wait for each other side by side
+    # one thread per operation: several on one convolution mostly wait for each other;
+    # operations and batches that do not depend on each other run side by side
     os.environ.setdefault('TF_NUM_INTRAOP_THREADS', '1')
     logging.getLogger('absl').setLevel(logging.ERROR)
     import torchvision  # first: imported after TensorFlow it brings a second LLVM, and the process is aborted
