@@ -173,7 +173,7 @@ def package(tmp_path_factory):
 def test_what_a_training_depends_on(package):
     found = listed(package)
     expected = {'SmallCNN.__init__', 'SmallCNN.forward', 'Classifier.training_step', 'Classifier.configure_optimizers', 'fit', '_average', 'kept_epoch',
-                'make_loader', 'Augment.forward', 'move', 'expose', 'grain', 'look', 'look_at_all', 'conv', 'Standardize.forward', 'to_float'}
+                'make_loader', 'Augment.forward', 'move', 'expose', 'look', 'look_at_all', 'conv', 'Standardize.forward', 'to_float'}
     assert expected <= set(found) and not any('cannot tell' in v for v in found.values())
     assert not {'plot_test', 'run_experiments', 'write_json', 'layer_table', 'stress_test'} & set(found)
 
