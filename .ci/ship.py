@@ -22,7 +22,8 @@ facts, seed = read_json(run/'run.json'), run/'04_augment'/'seed_0'
 kind = facts['dataset']['kind']
 if kind != 'kermany': sys.exit(f'{run} was computed on {kind!r}; the models that come with cxr_lab are those of the study on real images')
 
-for name in ('lungs.keras', 'lungs.json'): copy(run/'07_segment'/name, weights/name)
+if (run/'07_segment'/'lungs.keras').is_file():  # not if the run used the network that is there already
+    for name in ('lungs.keras', 'lungs.json'): copy(run/'07_segment'/name, weights/name)
 
 file = weights/'classifier.safetensors'
 copy(seed/'model.safetensors', file)
