@@ -8,7 +8,7 @@ __all__ = ['PREDICTION_COLUMNS', 'SPLITS', 'PACKAGES', 'expect_error', 'optional
            'read_status', 'outdated', 'versions', 'MissingUpstream', 'Step', 'progress']
 
 # %% ../nbs/lab/runs.ipynb #a4431e65
-import errno, json, math, os, platform, re, shutil, sys, uuid
+import errno, json, math, os, platform, re, shutil, sys, threading, uuid
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
@@ -331,6 +331,8 @@ class Step:
         return content[key]
 
 # %% ../nbs/lab/runs.ipynb #fc58fe27
+tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a kernel that is killed leaves behind
+
 def _watched():
     "Whether somebody is likely to look at this process's output while it runs."
     forced = os.environ.get('CXR_LAB_PROGRESS')
