@@ -216,7 +216,7 @@ def test_views_are_cut_out_as_in_lesson_08(tmp_path, films, view):
     fine = np.stack([square(Image.open(p), 256) for p in paths])
     expected = lesson_predict(predictor.network, look_at_all(fine, lungs(fine)[:, None] > .5, view, 32, .05))
     table = predictor.predict([*paths, np.zeros((80, 80), np.uint8)])
-    np.testing.assert_allclose(table.probability[:-1], expected, atol=1e-6)
+    np.testing.assert_allclose(table.probability[:-1], expected, atol=5e-6)  # sums of float32 in batches of another size
     assert not table.warning[:-1].any() and table.warning.iloc[-1] == 'no plausible lungs (empty), the whole image was used'
     e = predictor.explain(paths[0])
     assert e.heat.shape == (64, 64) and e.outline is None
@@ -314,7 +314,15 @@ def test_where_nothing_usual_can_be_learnt(run, tmp_path):
 
 # --- threads
 
-def test_threads_do_not_change_answers_or_settings(predictor, phantom_images, monkeypatch):
+@pytest.fixture
+def two_threads():
+    "PyTorch with two threads, whatever the tests are given."
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+def test_threads_do_not_change_answers_or_settings(predictor, phantom_images, monkeypatch, two_threads):
     "One batch after another in one thread, or many at once: the same bits; and PyTorch and BLAS have as many threads afterwards as before, also in threads that are still to come."
     def settings():
         with ThreadPoolExecutor(1) as fresh: return torch.get_num_threads(), fresh.submit(torch.get_num_threads).result(), [b['num_threads'] for b in threadpool_info() if b['user_api'] == 'blas']
