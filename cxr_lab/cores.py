@@ -6,13 +6,15 @@
 __all__ = ['cores', 'free_memory', 'fit_workers', 'one_thread', 'keep_freed_memory', 'in_processes', 'in_threads']
 
 # %% ../nbs/lab/cores.ipynb #65d1b5dc
-import ctypes, os, signal, sys, threading, time, warnings
+import ctypes, mmap, os, signal, sys, threading, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import cv2
+import numpy as np
 import psutil
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count
+from joblib.externals.loky import ProcessPoolExecutor, as_completed
 from threadpoolctl import threadpool_limits
 
 from .runs import progress
@@ -131,13 +133,29 @@ def _each(function, items, n):
             yield i, result
         return
     here = os.getpid(), os.getcwd()
-    def numbered(pair): return pair[0], function(pair[1])
-    jobs = (delayed(_in_worker)(numbered, pair, *here) for pair in enumerate(items))
+    with _workers(n) as pool:
+        waiting = {pool.submit(_in_worker, function, item, *here): i for i, item in enumerate(items)}
+        try:
+            for future in as_completed(waiting): yield waiting[future], future.result()
+        except BaseException:  # KeyboardInterrupt too: what runs is ended, what waits is not begun
+            pool.shutdown(wait=True, kill_workers=True)
+            raise
+
+def _mapped(a):
+    "How a mapped array travels: a whole file of NumPy's is mapped there, too; anything else as its content."
+    if not isinstance(a.base, mmap.mmap) or a.filename is None: return np.array, (np.asarray(a),)
+    return np.memmap, (a.filename, a.dtype, 'r', a.offset, a.shape, 'F' if np.isfortran(a) else 'C')
+
+@contextmanager
+def _workers(n):
+    "Processes with one thread each, which end with the block."
+    names = ('OMP_NUM', 'OPENBLAS_NUM', 'MKL_NUM', 'NUMEXPR_NUM', 'VECLIB_MAXIMUM')
+    env = {f'{name}_THREADS': '1' for name in names}
     with warnings.catch_warnings():
         # loky replaces a worker that has grown, and says so: nothing is lost by it
         warnings.filterwarnings('ignore', 'A worker stopped while some jobs were given')
-        run = Parallel(n, 'loky', 'generator_unordered', batch_size=1, inner_max_num_threads=1)
-        yield from run(jobs)
+        with ProcessPoolExecutor(n, job_reducers={np.memmap: _mapped}, env=env) as pool: yield pool
+
 
 # %% ../nbs/lab/cores.ipynb #b1a119b3
 def in_threads(

@@ -83,6 +83,13 @@ def test_each_job_has_one_thread(workers):
         assert torch_threads == cv2_threads == 1 and blas == {1}
         assert workers == 1 or inside == 1, 'a worker starts no workers of its own'
 
+def test_a_mapped_array_stays_mapped(tmp_path):
+    np.save(tmp_path/'a.npy', np.arange(12.).reshape(3, 4))
+    whole = np.load(tmp_path/'a.npy', mmap_mode='r')
+    for a in (whole, whole[1:], whole.T, np.asarray(whole)):
+        kinds = in_processes(lambda i: (isinstance(a, np.memmap), a.tolist()), range(2), 'mapped', 2)
+        assert kinds == [(a is whole, a.tolist())] * 2
+
 def test_functions_of_a_notebook_and_what_they_close_over_travel():
     large = np.arange(500_000)  # beyond joblib's bound: travels as a file
     assert in_processes(lambda i: int(large[i]), [3, 499_999], 'closures', 2) == [3, 499_999]
