@@ -213,7 +213,7 @@ def check_study(folder, *options):
     assert table.returncode == 0 and 'augmented' in table.stdout and 'baseline' in table.stdout
 
 SMALL = dict(  # as little as the lessons accept: what is asked here is whether a run agrees with itself
-    phantoms=96, image_size=64, epochs=1, trainer='side_by_side=2', n_boot=50, images=12, steps=4,
+    phantoms=96, image_size=64, epochs=1, n_boot=50, images=12, steps=4,
     shown=1500, perplexity=10, thumbnail=16)
 
 @pytest.mark.integration
