@@ -742,7 +742,7 @@ def test_the_map_is_where_the_answer_comes_from():
         torch.manual_seed(0)
         model, y = SmallCNN(), torch.from_numpy(y)
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-        for _ in range(8):
+        for _ in range(16):
             for b in torch.randperm(n).split(16):
                 loss = nn.functional.cross_entropy(model(x[b]), y[b])
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
@@ -750,7 +750,7 @@ def test_the_map_is_where_the_answer_comes_from():
         assert (maps.probabilities[:, 1] > .5).mean() > .8, what
         mass[what], hits[what] = np.nanmedian(lung_mass_ratio(maps.up, corner)), pointing_game(maps.up, corner).mean()
     print(mass, hits)
-    assert mass['marker'] > 2.5 and mass['disease'] < 1.2 and hits['marker'] > .6 and hits['disease'] < .2
+    assert mass['marker'] > 3 and mass['disease'] < 1.2 and hits['marker'] > .6 and hits['disease'] < .2
 
 def test_sets_with_other_letters_are_the_same_children(tmp_path, monkeypatch):
     "Far from the letter they are equal; in its corner, whoever has it is brighter."
