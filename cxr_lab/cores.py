@@ -17,6 +17,7 @@ from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor, as_completed
 from threadpoolctl import threadpool_limits
 
+from .edits import for_children, lessons_in_use
 from .runs import progress
 
 # %% ../nbs/lab/cores.ipynb #ae60eea7
@@ -150,12 +151,11 @@ def _mapped(a):
 def _workers(n):
     "Processes with one thread each, which end with the block."
     names = ('OMP_NUM', 'OPENBLAS_NUM', 'MKL_NUM', 'NUMEXPR_NUM', 'VECLIB_MAXIMUM')
-    env = {f'{name}_THREADS': '1' for name in names}
+    env = {f'{name}_THREADS': '1' for name in names} | for_children(lessons_in_use())
     with warnings.catch_warnings():
         # loky replaces a worker that has grown, and says so: nothing is lost by it
         warnings.filterwarnings('ignore', 'A worker stopped while some jobs were given')
         with ProcessPoolExecutor(n, job_reducers={np.memmap: _mapped}, env=env) as pool: yield pool
-
 
 # %% ../nbs/lab/cores.ipynb #b1a119b3
 def in_threads(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'QUICK', 'UsageError', 'notebooks_dir', 'lessons', 'select', 'Knob', 'notebook_parameters',
-           'check_parameters', 'check_data', 'NotebookFailed', 'RunInUse', 'run_pipeline']
+           'check_parameters', 'check_data', 'NotebookFailed', 'follow_lessons', 'RunInUse', 'run_pipeline']
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
 import ast, difflib, hashlib, json, logging, math, os, re, sys, time, uuid
@@ -16,8 +16,8 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock, Timeout
 
-import cxr_lab
 from . import __version__
+from .edits import PACKAGE, follow, for_children, lessons_in_use, lessons_of
 from .report import result_code, write_results
 from .runs import _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, write_json
 
@@ -26,11 +26,12 @@ class UsageError(ValueError):
     "What was asked for cannot be run; nothing has been started."
 
 def notebooks_dir() -> Path:
-    "The folder that holds the lessons: the package's own, or the checkout's `nbs/`."
-    package = Path(cxr_lab.__file__).parent
-    folder = next((d for d in (package/'notebooks', package.parent/'nbs') if d.is_dir()), None)
-    if folder is None: raise FileNotFoundError('the lessons are missing from this installation of cxr_lab: install it again')
-    return folder
+    "The folder that holds the lessons: those in use, else the package's own."
+    if lessons := lessons_in_use(): return lessons.notebooks
+    folder = PACKAGE/'notebooks'
+    if folder.is_dir(): return folder
+    raise FileNotFoundError('the lessons are missing from this installation of cxr_lab: '
+                            'install it again')
 
 def lessons(
     nbs: str | os.PathLike | None = None,  # another folder of notebooks; the lessons by default
@@ -190,12 +191,13 @@ def _plan(notebooks, data=None, params=None, quick=False, before=None):
     return plan
 
 # %% ../nbs/lab/pipeline.ipynb #976d54ca
-def _kernel_manager():
-    "A kernel manager class that starts this interpreter, with this cxr_lab, and no progress bars."
+def _kernel_manager(lessons=None):
+    "A kernel manager class that starts this interpreter, with this cxr_lab and these lessons, and no progress bars."
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    env, source = {'CXR_LAB_PROGRESS': '0'}, Path(cxr_lab.__file__).resolve().parent.parent
+    env = {'CXR_LAB_PROGRESS': '0'} | for_children(lessons or lessons_in_use())
+    source = PACKAGE.resolve().parent
     if _is_checkout(source): env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(source), os.environ.get('PYTHONPATH')]))
     spec = KernelSpec(resource_dir=str(RESOURCES), **get_kernel_dict(extra_arguments=['--log-level=CRITICAL']) | {'env': env})
     class ThisPython(AsyncKernelManager): kernel_spec = spec
@@ -229,7 +231,7 @@ def _execute(path, partial, params, bar, manager=None):
     try:
         with _quiet_papermill():
             nb = papermill.execute_notebook(escaped(path), escaped(partial), params, kernel_name='python3', language='python',
-                                            progress_bar=bar, start_timeout=120, iopub_timeout=60, kernel_manager_class=manager or _kernel_manager())
+                                            progress_bar=bar, start_timeout=120, iopub_timeout=60, kernel_manager_class=manager or _kernel_manager(lessons_of(path.parent)))
     except papermill.PapermillExecutionError as e: raise failed(f'{e.ename}: {e.evalue}') from e
     except Exception as e: raise failed(f'{type(e).__name__}: {e}') from e  # a dead kernel, a full disk
     if any(o.output_type == 'error' for c in nb.cells if c.cell_type == 'code' for o in c.outputs):
@@ -276,6 +278,24 @@ def _check_folder(run, stem):
     if folder.is_dir() and not ours and any(folder.iterdir()):
         raise UsageError(f'{folder.as_posix()} exists and was not made by a run; choose another run folder')
 
+# %% ../nbs/lab/pipeline.ipynb #151deed2
+def follow_lessons(
+    notebooks: list[Path],  # what is going to run, all in one folder
+):
+    "Exports what was edited in the folder of these notebooks, and says so; `UsageError` if that cannot be done."
+    folder = notebooks[0].parent
+    lessons = lessons_of(folder)
+    if lessons:
+        said, broken = follow(lessons)
+        for line in said: _say(line)
+        if broken: raise UsageError('\n'.join(broken))
+    elif folder == PACKAGE/'notebooks':
+        _say('the lessons of the installed package run; `cxr-lab lessons FOLDER` gives you your own to change')
+    elif any('#| export' in path.read_text(encoding='utf-8') for path in notebooks):
+        _say(f'{folder.as_posix()} was not made by `cxr-lab lessons`: what its notebooks export is not what they import')
+
+def _say(text): print(text, file=sys.stderr, flush=True)
+
 # %% ../nbs/lab/pipeline.ipynb #8742f79e
 class RunInUse(RuntimeError):
     "Another pipeline is at work in this run folder."
@@ -289,8 +309,6 @@ def _locked(run, run_dir):
     try: yield
     finally: lock.release()
 
-def _say(text): print(text, file=sys.stderr, flush=True)
-
 # %% ../nbs/lab/pipeline.ipynb #d90caf0f
 def run_pipeline(
     notebooks=None,                              # names ('03_train', '03', 'train'); all lessons by default
@@ -303,6 +321,7 @@ def run_pipeline(
 ) -> Path:                                       # the run's folder
     "Runs notebooks in order, headless; raises `UsageError` before anything starts, `RunInUse`, or `NotebookFailed`."
     selected, run = select(notebooks, nbs), resolve_run_dir(run_dir)
+    follow_lessons(selected)
     if run.exists() and not run.is_dir(): raise UsageError(f'the run folder {run.as_posix()} is a file')
     memory = run/'pipeline.json'
     before = read_json(memory) if resume and memory.is_file() else {}

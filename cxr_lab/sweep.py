@@ -20,9 +20,10 @@ import pandas as pd
 from filelock import FileLock
 
 import cxr_lab
+from .edits import for_children, lessons_in_use, lessons_of
 from .kernels import kernel_manager, warm_imports, warm_up
-from .pipeline import (NotebookFailed, UsageError, _key, _locked, _once_per_version, _one, _plan, _run_step, _say, check_parameters, lessons,
-                              select)
+from .pipeline import (NotebookFailed, UsageError, _key, _locked, _once_per_version, _one, _plan, _run_step, _say, check_parameters,
+                              follow_lessons, lessons, select)
 from .report import result_code, write_results
 from .runs import _discard, _full_disk, _write_csv, atomic_path, optional, read_json, read_metrics, read_status, resolve_run_dir, write_json
 from .scores import METRICS
@@ -251,6 +252,7 @@ def plan_sweep(
     grid, points = grid or {}, points or [{}]
     if both := [k for k in grid if any(k in p for p in points)]: raise UsageError(f'{", ".join(both)}: in the grid and in the points')
     selected, reads = _with_needs(notebooks, nbs, needs)
+    follow_lessons(selected)
     paths, nodes, planned, hashed = {p.stem: p for p in selected}, {}, {}, _Hashes()
     known = {}
     def typed(values):
@@ -426,7 +428,7 @@ def fit_threads(workers: int) -> int:
     return max(1, CPU_COUNT//workers)
 
 @contextmanager
-def _cluster(workers, scheduler):
+def _cluster(workers, scheduler, lessons):
     "A Dask client of a cluster on this machine, or of the scheduler at an address."
     import dask
     from distributed import Client, LocalCluster
@@ -437,7 +439,8 @@ def _cluster(workers, scheduler):
             if not client.nthreads(): _say(f'{scheduler} has no workers yet: waiting for the first')
             yield client
     else:
-        with dask.config.set({'distributed.worker.daemon': False}), \
+        given = {f'distributed.nanny.pre-spawn-environ.{k}': v for k, v in for_children(lessons).items()}
+        with dask.config.set({'distributed.worker.daemon': False} | given), \
              LocalCluster(n_workers=workers, threads_per_worker=1, memory_limit=0, host='127.0.0.1', dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL) as cluster, \
              Client(cluster, set_as_default=False) as client: yield client
 
@@ -544,7 +547,8 @@ def sweep(
         for left in (out/'points').glob('.*'): _discard(left)  # half made when the last attempt was killed
         _say(f'{len(plan.points)} points, {len(plan.nodes)} executions of notebooks' + (f', {len(complete)} of them complete' if complete else ''))
         if todo:
-            with _cluster(workers, scheduler) as client:
+            used = lessons_of(Path(plan.notebooks[0]).parent) or lessons_in_use()
+            with _cluster(workers, scheduler, used) as client:
                 _say(f'{workers or "any number of"} workers, {threads or "their own number of"} threads each; dashboard: {client.dashboard_link}')
                 states = _drive(client, plan, out, warm_imports(plan.notebooks), threads, keep_going, complete)
         else: states = {p.name: finish_point(p, out, {k: dict(state='done') for k in complete}) for p in plan.points}
