@@ -197,7 +197,7 @@ def _follow(lessons):
         elif owners[module] != name:
             said.append(f'{path.stem} is not followed: cxr_lab.{module} is {owners[module]}')
         elif told := _settle(lessons, module, new):
-            said.append(_sentence(path.stem, module, told, unedited))
+            said.append(_sentence(path.stem, module, told, unedited, lessons))
         if new is not None: new.unlink(missing_ok=True)
         record[name] = _line(lessons, path, module, state)
     _write_record(lessons, record)
@@ -210,10 +210,10 @@ def _owners(lessons, record, exported):
     pairs += [(module, _name(lessons, path)) for path, (module, *_) in exported.items()]
     return {m: min((n for k, n in pairs if k == m), key=lambda n: (len(n), n)) for m, _ in pairs}
 
-def _sentence(lesson, module, told, unedited):
+def _sentence(lesson, module, told, unedited, lessons):
     what = (f'cxr_lab.{module} was changed and {lesson} was not' if unedited
             else f'{lesson} was edited')
-    had = f'cxr_lab.{module}' in sys.modules
+    had = lessons == lessons_in_use() and f'cxr_lab.{module}' in sys.modules
     return f'{what}: {told}' + ('; restart the kernel, which has the earlier one' if had else '')
 
 # %% ../nbs/lab/edits.ipynb #8ba9b2bb

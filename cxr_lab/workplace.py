@@ -107,10 +107,17 @@ def quiet_git(
     lessons = lessons_in_use()
     if lessons is None or not (lessons.root/'.git').exists():
         raise UsageError('this is no checkout of the lab: there is no git that could see outputs')
+    def git(*args):
+        command = ['git', '-C', str(lessons.root), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
     python = Path(sys.executable).as_posix()
     call = f'"{python}" -c "from cxr_lab.workplace import git_filter; git_filter()" %f'
-    change = [_FILTER, f'CXR_LAB_LESSONS= {call}'] if on else ['--unset-all', _FILTER]
-    if on or git_is_quiet(lessons.root):
-        subprocess.run(['git', '-C', str(lessons.root), 'config', *change], check=True)
-    for path in lessons.notebooks.rglob('*.ipynb'): path.touch()  # git looks at them again
+    if on:
+        git('config', _FILTER, f'CXR_LAB_LESSONS= {call}')
+        touched, edited = (set(git(*diff, '--name-only', '-z', '--', 'nbs').split('\0')[:-1])
+                           for diff in (['diff-files'], ['diff']))
+        if ran := touched - edited: git('add', '--', *sorted(ran))  # git learns their new sizes
+    elif git_is_quiet(lessons.root):
+        git('config', '--unset-all', _FILTER)
+        for path in lessons.notebooks.rglob('*.ipynb'): path.touch()  # git looks at them again
     return lessons.root

@@ -1,5 +1,5 @@
 "Modules follow their notebooks: in a checkout, in a folder of lessons, for every kind of process."
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, os, shutil, socket, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -238,16 +238,23 @@ def lab_kernel(folder, notebook, setting):
     "Runs a notebook from top to bottom in a kernel that JupyterLab's server starts, and returns what it printed."
     import requests
     from jupyter_client.blocking import BlockingKernelClient
+    from requests.adapters import HTTPAdapter
+    from urllib3.util import Retry
     env = {k: v for k, v in os.environ.items() if k != 'CXR_LAB_LESSONS'}
     env |= {'JUPYTER_RUNTIME_DIR': str(folder/'.runtime'), 'PYTHONPATH': str(folder), 'JUPYTER_TOKEN': 'secret'}
-    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.port=0',
-               '--ip=127.0.0.1', f'--ServerApp.root_dir={folder}']
-    server = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+               f'--ServerApp.port={port}', f'--ServerApp.root_dir={folder}']
+    server = subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.DEVNULL)
     try:
-        url = next(m[0] for line in server.stderr if (m := re.search(r'http://127\.0\.0\.1:\d+', line)))
         body = dict(path=notebook, type='notebook', name='', kernel=dict(name='python3'))
-        headers = {'Authorization': 'token secret'}
-        session = requests.post(f'{url}/api/sessions', json=body, headers=headers, timeout=60)
+        retry = Retry(connect=12, backoff_factor=.1, allowed_methods=None)  # while the server starts
+        http = requests.Session()
+        http.mount('http://', HTTPAdapter(max_retries=retry))
+        session = http.post(f'http://127.0.0.1:{port}/api/sessions', json=body, timeout=60,
+                            headers={'Authorization': 'token secret'})
         kernel = session.json()['kernel']['id']
         client = BlockingKernelClient(connection_file=str(folder/'.runtime'/f'kernel-{kernel}.json'))
         client.load_connection_file()
@@ -265,7 +272,6 @@ def lab_kernel(folder, notebook, setting):
         client.stop_channels()
         return ''.join(printed)
     finally:
-        server.stderr.close()
         server.terminate()
         server.wait(60)
 
