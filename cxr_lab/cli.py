@@ -63,6 +63,7 @@ def run(
                                                     help='Set a parameter, e.g. -p lr=3e-4 or -p 03_train.epochs=3.')] = None,
     quick: Annotated[bool, typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
     resume: Annotated[bool, typer.Option('--resume', help='Skip what is complete, continue what is not.')] = False,
+    fresh: Annotated[bool, typer.Option('--fresh', help='Train and compute again what would be kept: results of the same images, parameters and code.')] = False,
     nbs: Annotated[str | None, typer.Option(help='Another folder of notebooks; the lessons of the folder you work in, or of the package, by default.')] = None,
 ):
     "Run the notebooks in order, headless, into a run folder."
@@ -70,7 +71,7 @@ def run(
         from cxr_lab.pipeline import run_pipeline
         from cxr_lab.report import results_markdown
         from cxr_lab.runs import read_json
-        folder = run_pipeline(notebooks, run_dir, data=data, params=_pairs(param), quick=quick, resume=resume, nbs=nbs)
+        folder = run_pipeline(notebooks, run_dir, data=data, params=_pairs(param), quick=quick, resume=resume, fresh=fresh, nbs=nbs)
         results = read_json(folder/'results.json')
         if results['rows']: typer.echo(results_markdown(results) + '\n')
         typer.echo(f'results: {(folder/"results.json").as_posix()}')

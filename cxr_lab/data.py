@@ -23,7 +23,8 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from .cores import cores
-from .phantom import write_phantoms
+from .kept import code_of, is_kept
+from .phantom import generator, write_phantoms
 from .runs import Step, atomic_path, progress, read_json, resolve_run_dir, write_json
 
 # %% ../nbs/00_data.ipynb #2e063775
@@ -155,7 +156,7 @@ def find_data(
 ) -> Source:
     "The images that `data` names, generated or downloaded if need be; `FileNotFoundError` says where it looked."
     if data == 'phantom':
-        root = write_phantoms(cache_dir()/f'phantoms-{phantoms}-{seed}', n_train=phantoms, n_test=max(40, phantoms * 5 // 12), seed=seed)
+        root = write_phantoms(cache_dir()/f'phantoms-{phantoms}-{seed}-{generator()}', n_train=phantoms, n_test=max(40, phantoms * 5 // 12), seed=seed)
         return _beside(root/'chest_xray', 'phantom')
     if data == 'kermany' and os.environ.get('CXR_LAB_DATA'):
         images = Path(os.environ['CXR_LAB_DATA'])/'chest_xray'
@@ -316,8 +317,6 @@ def _inspect(item, size=None, aspect='stretch'):
     return row, square(gray, size, aspect) if size else None
 
 # %% ../nbs/00_data.ipynb #e1ea4084
-_CACHE_VERSION = 3
-
 def _chunk(size): return max(1, min(256, (32 << 20) // size ** 2))  # images per checksum, 32 MB at most
 
 def fingerprint(index: pd.DataFrame) -> str:
@@ -379,18 +378,25 @@ def _open_cache(folder, meta, full=2 << 30):
     which = range(len(crc)) if pixels.nbytes <= full else np.linspace(0, len(crc) - 1, 64).astype(int)
     return pixels if all(zlib.crc32(pixels[i * n:(i + 1) * n]) == crc[i] for i in which) else None
 
+def _decode(root, size, aspect, row):
+    path, expected = row
+    try: content = read_file(root/path)
+    except ValueError as e: raise RuntimeError(f'{path} cannot be read any more ({e}): run 00_data again') from e
+    if hashlib.sha256(content).hexdigest() != expected: raise RuntimeError(f'{path} has changed since it was indexed: run 00_data again')
+    return read_pixels(content, size, aspect)
+
 def _keep(place, index, size, aspect, write):
     "The mapped pixels of an index; if they are not there, `write` makes them in a folder."
     order = hashlib.sha256('\n'.join(index.path).encode()).hexdigest()
-    meta = dict(version=_CACHE_VERSION, fingerprint=fingerprint(index), order=order,
+    meta = dict(code=code_of(_inspect, _decode, _write_pixels), fingerprint=fingerprint(index), order=order,
                 n=len(index), size=size, aspect=aspect)
     target = place/hashlib.sha256(repr(sorted(meta.items())).encode()).hexdigest()[:20]
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix('.lock')):  # the second of two runs waits and then shares
         if target.exists():
             pixels = _open_cache(target, meta)
-            if pixels is not None: return pixels
-            print('the pixel cache is damaged and is made again')
+            if pixels is not None and is_kept(target/'meta.json'): return pixels
+            if pixels is None: print('the pixel cache is damaged and is made again')
             shutil.rmtree(target)
         with _room_for(len(index), size), atomic_path(target) as new:
             new.mkdir()
@@ -527,13 +533,6 @@ def leaked_share(
     return float(index.patient[index.split == 'validation'].isin(known).mean())
 
 # %% ../nbs/00_data.ipynb #5dcb7e50
-def _decode(root, size, aspect, row):
-    path, expected = row
-    try: content = read_file(root/path)
-    except ValueError as e: raise RuntimeError(f'{path} cannot be read any more ({e}): run 00_data again') from e
-    if hashlib.sha256(content).hexdigest() != expected: raise RuntimeError(f'{path} has changed since it was indexed: run 00_data again')
-    return read_pixels(content, size, aspect)
-
 def _build_cache(root, index, size, aspect, workers, folder):
     "Decodes the images of an index once more, and writes their pixels."
     decode, rows = partial(_decode, root, size, aspect), list(zip(index.path, index.sha256))

@@ -22,7 +22,7 @@ from torch.nn.functional import interpolate
 
 from .data import CLASSES, COLORS, Dataset, Source, cache_dir, index_images, pixel_cache, read_pixels, split_validation
 from .model import to_float
-from .phantom import write_marked
+from .phantom import generator, write_marked
 from .runs import progress
 from .scores import patient_weights
 
@@ -372,7 +372,7 @@ def marker_datasets(
     seed: int = 0,
 ) -> list[Dataset]:      # one per correlation; splits train, validation, test; test is exposed as train is
     "Phantoms with a letter in the corner, the same children in each set; kept in the cache folder."
-    roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}' for phi in correlations}
+    roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}-{generator()}' for phi in correlations}
     marked = {root: phi for phi, root in roots.items()}
     write_marked(marked, n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, test_shift=0.)
     sets = []

@@ -6,10 +6,10 @@
 __all__ = ['Z', 'SUBTYPES', 'LUNG_MM', 'SPLITS', 'CLASSES', 'attenuation', 'profile', 'View', 'Ellipsoid', 'Stack', 'length',
            'meet', 'covered', 'Tubes', 'splat', 'Build', 'air', 'Spine', 'Anatomy', 'sample_patient', 'trace',
            'optical_depth', 'Disease', 'sample_disease', 'opacity', 'fluid', 'expose', 'Exposure', 'sample_exposure',
-           'display', 'Phantom', 'render', 'make_phantom', 'mosaic', 'write_phantoms', 'write_marked']
+           'display', 'Phantom', 'render', 'make_phantom', 'mosaic', 'generator', 'write_phantoms', 'write_marked']
 
 # %% ../nbs/lab/phantom.ipynb #5576eacc
-import csv, math, os
+import csv, hashlib, json, math, os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from .cores import in_processes
+from .kept import code_of
 from .runs import atomic_path, read_json, write_json
 
 # %% ../nbs/lab/phantom.ipynb #97121e3d
@@ -679,8 +680,6 @@ SPLITS = ('train', 'val', 'test')
 CLASSES = ('NORMAL', 'PNEUMONIA')
 _ILL = dict(train=.75, val=.5, test=.625)  # share of PNEUMONIA, as in the Kermany data set
 _FOLDERS = {'chest_xray': '.jpeg', 'lung_masks': '.png', 'opacity_masks': '.png'}
-_VERSION = 1  # of the generator; a folder that an older one wrote is not reused
-
 @dataclass
 class _Item:
     split: str; label: int; subtype: str; patient: int; seed: int; shot: int; stem: str; marker: bool = False
@@ -784,6 +783,10 @@ def _complete(root, wanted):
 
 _FEW = 150  # images: fewer are done before other processes have started
 
+def generator() -> str:
+    "Some digits of a hash of the code that draws: a folder that other code wrote is not reused."
+    return hashlib.sha256(json.dumps(code_of(_write_patient, _items)).encode()).hexdigest()[:12]
+
 def write_phantoms(
     root: str | os.PathLike,  # folder that will hold chest_xray/, lung_masks/, opacity_masks/, phantom.json, phantoms.csv
     n_train: int = 480,       # images, three quarters of them PNEUMONIA
@@ -807,7 +810,7 @@ def write_marked(
 ):
     "`write_phantoms` for folders that differ in their markers only: each child is X-rayed once."
     counts = dict(train=n_train, val=n_val, test=n_test)
-    wanted = {Path(root): {'generator': _VERSION, **_check(counts, size, seed, phi, test_shift, workers)}
+    wanted = {Path(root): {'generator': generator(), **_check(counts, size, seed, phi, test_shift, workers)}
               for root, phi in roots.items()}
     wanted = {root: p for root, p in wanted.items() if not _complete(root, p)}
     if not wanted: return

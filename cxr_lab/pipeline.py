@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'QUICK', 'UsageError', 'notebooks_dir', 'lessons', 'select', 'Knob', 'notebook_parameters',
-           'check_parameters', 'check_data', 'NotebookFailed', 'follow_lessons', 'RunInUse', 'run_pipeline']
+           'check_parameters', 'check_data', 'NotebookFailed', 'notebook_code', 'follow_lessons', 'RunInUse',
+           'run_pipeline']
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
-import ast, difflib, hashlib, json, logging, math, os, re, sys, time, uuid
+import ast, difflib, json, logging, math, os, re, sys, time, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -16,10 +17,10 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock, Timeout
 
-from . import __version__
 from .edits import PACKAGE, follow, for_children, lessons_in_use, lessons_of
+from .kept import ASIDE, CELLS, changed, code_of_cells, few, is_kept, kept_from, only_since, put_aside
 from .report import result_code, write_results
-from .runs import _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, write_json
+from .runs import _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, versions, write_json
 
 # %% ../nbs/lab/pipeline.ipynb #513dc50b
 class UsageError(ValueError):
@@ -238,13 +239,23 @@ def _execute(path, partial, params, bar, manager=None):
         raise failed('SystemExit: the notebook left before its end')  # papermill takes sys.exit(0) for success
 
 # %% ../nbs/lab/pipeline.ipynb #174329f1
-@_once_per_version
-def _code_hash(path): return hashlib.sha256(json.dumps(result_code(nbformat.read(path, 4))).encode()).hexdigest()
+def notebook_code(
+    path: str | os.PathLike,  # a notebook
+) -> tuple[dict, set]:        # see code_of_cells
+    "The definitions that a notebook's cells reach, and all strings in them; `SyntaxError` if it is not Python. Nothing is executed."
+    from IPython.core.inputtransformer2 import TransformerManager
+    nb = nbformat.read(path, 4)
+    nb.cells = [c for c in nb.cells if 'parameters' not in c.metadata.get('tags', [])]  # their values are compared
+    return code_of_cells([TransformerManager().transform_cell(c) for c in result_code(nb)])
 
-def _key(path, params):
+def _code(path):
+    try: return notebook_code(path)[0]
+    except SyntaxError as e: return {CELLS: f'not valid Python: {e}'}  # its execution will fail
+
+def _key(path, params, code=None):
     "What an execution depends on, besides what earlier notebooks left."
     effective = {k.name: k.default for k in notebook_parameters(path).values() if k.name != 'run_dir'} | params
-    return {'parameters': effective, 'code': _code_hash(path), 'cxr_lab': __version__}
+    return {'parameters': effective, 'code': _code(path) if code is None else code}
 
 def _same(status, key): return status is not None and json.loads(json.dumps(key)) == {k: status.get(k) for k in key}
 
@@ -259,17 +270,25 @@ def _why_run(run, stem, key):
     if status is None: return 'not complete'
     key = json.loads(json.dumps(key))  # tuples are lists in a file
     now, then = key['parameters'], status.get('parameters', {})
-    changed = [k for k in now | then if now.get(k) != then.get(k)]
-    if changed: return f'other {", ".join(changed)}'
-    if not _same(status, key): return 'its code changed'
+    others = changed(then, now)
+    if others: return f'other {", ".join(others)}'
+    code = status.get('code')
+    if not isinstance(code, dict): return 'what code made it was not noted'
+    if names := changed(code, key['code']): return f'its code changed: {few(names)}'
+    if not is_kept(run/stem/'status.json'): return 'as --fresh says'
     old = outdated(run, stem)
     return f'{", ".join(old)} ran again' if old else ''
 
+def _kept(run, stem): return kept_from(run/stem/'status.json', made_with=read_status(run, stem).get('versions'))
+
 def _clear(folder):
-    "Empties a step's folder; the status first, so that nothing half emptied looks complete."
+    "Empties a step's folder, but for trainings, which are put aside; the status first, so that nothing half emptied looks complete."
     if folder.is_symlink(): return folder.unlink()
     if not folder.is_dir(): return
-    for path in sorted(folder.iterdir(), key=lambda p: p.name != 'status.json'): _discard(path)
+    (folder/'status.json').unlink(missing_ok=True)
+    put_aside(folder)
+    for path in folder.iterdir():
+        if path.name != ASIDE: _discard(path)
 
 # %% ../nbs/lab/pipeline.ipynb #4e7bfb86
 def _check_folder(run, stem):
@@ -317,6 +336,7 @@ def run_pipeline(
     params: dict | None = None,                  # 'name' or 'notebook.name' -> value, text or typed
     quick: bool = False,                         # small settings (`QUICK`) where the user has set nothing
     resume: bool = False,                        # skip what is complete, continue what is not
+    fresh: bool = False,                         # train and compute again what is kept otherwise
     nbs: str | os.PathLike | None = None,        # another folder of notebooks
 ) -> Path:                                       # the run's folder
     "Runs notebooks in order, headless; raises `UsageError` before anything starts, `RunInUse`, or `NotebookFailed`."
@@ -330,23 +350,25 @@ def run_pipeline(
     if carried: _say('resuming with ' + ', '.join(f'{k}={v}' for k, v in carried.items()))
     for path in selected: _check_folder(run, path.stem)
     with _locked(run, Path(run_dir).as_posix()):
-        update_json(memory, lambda d: d.update(plan))
+        since = math.floor(time.time()) if fresh else before.get('fresh_since', 0)  # an interrupted --fresh is resumed as one
+        update_json(memory, lambda d: d.update(plan | {'fresh_since': since}))
         for i, path in enumerate(selected, 1):
-            _run_step(path, run, Path(run_dir).as_posix(), plan[path.stem], resume, f'{path.stem} ({i}/{len(selected)})')
+            with only_since(since):
+                _run_step(path, run, Path(run_dir).as_posix(), plan[path.stem], resume, f'{path.stem} ({i}/{len(selected)})')
         write_results(run)
     return run
 
 # %% ../nbs/lab/pipeline.ipynb #2b465e0a
-def _run_step(path, run, run_dir, params, resume, title, say=_say, manager=None):
+def _run_step(path, run, run_dir, params, resume, title, say=_say, manager=None, code=None):
     "Runs one notebook of a run, or says that it is complete."
-    folder, stem, key = run/path.stem, path.stem, _key(path, params)
+    folder, stem, key = run/path.stem, path.stem, _key(path, params, code)
     started = folder/'started.json'
     if resume:
         why = _why_run(run, stem, key)
-        if not why: return say(f'{title}: complete')
+        if not why: return say(f'{title}: complete, {_kept(run, stem)}')
         if why != 'not complete': say(f'{title}: again, {why}')
     key['upstream'] = _upstream(run, stem)
-    if not (resume and started.is_file() and _same(read_json(started), key)): _clear(folder)
+    if not (resume and is_kept(started) and _same(read_json(started), key)): _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder/'status.json').unlink(missing_ok=True)
     write_json(started, key)
@@ -360,6 +382,7 @@ def _run_step(path, run, run_dir, params, resume, title, say=_say, manager=None)
                                 '  --resume continues from there') from None
     seconds = time.perf_counter() - begin
     os.replace(partial, folder/f'{stem}.ipynb')
-    write_json(folder/'status.json', {'notebook': stem, 'id': uuid.uuid4().hex, **key, 'seconds': round(seconds, 1)})
+    write_json(folder/'status.json', {'notebook': stem, 'id': uuid.uuid4().hex, **key, 'seconds': round(seconds, 1), 'versions': versions()})
+    _discard(folder/ASIDE)  # trainings that nobody asked for
     started.unlink()
     if not shown: say(f'{title}: done in {seconds:.0f} s')

@@ -28,7 +28,8 @@ from PIL import Image
 import cxr_lab
 from .cores import cores, one_thread
 from .data import CLASSES, COLORS, Dataset, Source, cache_dir, fingerprint, open_image, resume_download, square
-from .runs import SPLITS, Step, atomic_path, progress, read_json, write_json
+from .kept import array_digest, code_of, is_kept, kept_from
+from .runs import SPLITS, Step, atomic_path, progress, read_json, versions, write_json
 
 # %% ../nbs/07_segment.ipynb #944dfede
 class Masks:
@@ -397,22 +398,28 @@ def train_cached(
     pixels: np.ndarray,  # (N,1,S,S) uint8
     outlines: Masks, have: np.ndarray,  # of lung_outlines, size S
     recipe: dict,        # see train_unet
+    fresh: bool = False, # train again what is complete, too
 ) -> Path:               # lungs.keras, with its card beside it
-    "The network of this recipe, trained unless that has been done; `ValueError` if there are no outlines."
+    "The network of this recipe, trained unless the same images, parameters and code have made it; `ValueError` if there are no outlines."
     fit, check = (np.flatnonzero(have & (data.index.split == s)) for s in ('train', 'validation'))
     if not len(fit): raise ValueError('this data set has no lung outlines to train on: there is no folder lung_masks/ beside its images')
-    facts = {'images': fingerprint(data.index), 'outlines': hashlib.sha256(np.ascontiguousarray(outlines.packed)).hexdigest(),
-             'fit': data.index.path[fit].tolist(), 'check': data.index.path[check].tolist(), **recipe}
+    facts = {'images': fingerprint(data.index), 'pixels': array_digest(pixels), 'outlines': array_digest(outlines.packed),
+             'fit': data.index.path[fit].tolist(), 'check': data.index.path[check].tolist(), **recipe, 'code': code_of(train_unet)}
     folder = cache_dir()/'unet'/hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
-    file = folder/'lungs.keras'
+    file, told = folder/'lungs.keras', folder/'recipe.json'
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix('.lock')):
-        if not file.with_suffix('.json').is_file():
-            network, history = train_unet(folder, pixels, outlines, fit, check, recipe)
-            save_unet(file, network, dict(
-                title='cxr_lab lung U-Net', trained_on='phantoms' if data.source.kind == 'phantom' else f'{data.source.kind}: {len(fit)} outlined images of {data.index.patient[fit].nunique()} patients',
-                data=None if data.source.kind == 'phantom' else ATTRIBUTION, licence='CC BY 4.0', recipe={**recipe, 'widths': list(recipe['widths'])}, images_sha256=facts['images'],
-                keras=_keras().__version__, history=history.to_dict('records'), held_out=sorted(set(data.index.patient[check]))))
+        if is_kept(file.with_suffix('.json'), fresh):
+            print(f'lung network {kept_from(file.with_suffix(".json"), made_with=read_json(told)["versions"])}')
+            return file
+        if not is_kept(told, fresh):  # otherwise an interrupted training goes on
+            shutil.rmtree(folder)
+            write_json(told, facts | {'versions': versions()})
+        network, history = train_unet(folder, pixels, outlines, fit, check, recipe)
+        save_unet(file, network, dict(
+            title='cxr_lab lung U-Net', trained_on='phantoms' if data.source.kind == 'phantom' else f'{data.source.kind}: {len(fit)} outlined images of {data.index.patient[fit].nunique()} patients',
+            data=None if data.source.kind == 'phantom' else ATTRIBUTION, licence='CC BY 4.0', recipe={**recipe, 'widths': list(recipe['widths'])}, images_sha256=facts['images'],
+            keras=_keras().__version__, history=history.to_dict('records'), held_out=sorted(set(data.index.patient[check]))))
     return file
 
 # %% ../nbs/07_segment.ipynb #83720dc4
@@ -703,7 +710,6 @@ def implausible(
     return '+'.join(k for k, v in found.items() if v)
 
 # %% ../nbs/07_segment.ipynb #f306e5b8
-_MASK_CACHE = 1
 _CHUNK = 256  # masks per checksum
 
 def _checksums(packed): return [zlib.crc32(np.ascontiguousarray(packed[i:i + _CHUNK])) for i in range(0, len(packed), _CHUNK)]
@@ -713,6 +719,7 @@ def _open_masks(folder, meta):
     try: stored, packed = read_json(folder/'meta.json'), np.load(folder/'masks.npy')
     except (OSError, ValueError, EOFError): return None
     if not isinstance(stored, dict): return None
+    stored.pop('versions', None)
     crc, seconds, size = stored.pop('crc32', None), stored.pop('seconds', None), stored.pop('mask_size', 0)
     if stored != meta or packed.dtype != np.uint8 or packed.shape != (meta['n'], size, -(-size // 8)) or _checksums(packed) != crc: return None
     return Masks(packed, size), seconds
@@ -723,17 +730,21 @@ def mask_cache(
     index: pd.DataFrame,   # N rows
     aspect: str = 'stretch',
     folder: Path | None = None,     # default: the cache folder
+    fresh: bool = False,            # compute it again
 ) -> tuple[Masks, float]:  # as raw_masks gives them; seconds that it took
-    "What a network says about all images of a data set, computed once."
+    "What a network says about all images of a data set, computed once for the same images, parameters and code."
     if len(pixels) != len(index): raise ValueError(f'{len(pixels)} images for {len(index)} rows of the index')
-    meta = dict(version=_MASK_CACHE, network=segmenter.digest, fingerprint=fingerprint(index), order=hashlib.sha256('\n'.join(index.path).encode()).hexdigest(), n=len(index), size=pixels.shape[-1], aspect=aspect)
+    code = code_of(raw_masks, type(segmenter), segmenter.prepare)
+    meta = dict(code=code, pixels=array_digest(pixels), network=segmenter.digest, fingerprint=fingerprint(index), order=hashlib.sha256('\n'.join(index.path).encode()).hexdigest(), n=len(index), size=pixels.shape[-1], aspect=aspect)
     target = Path(folder or cache_dir()/'masks')/hashlib.sha256(repr(sorted(meta.items())).encode()).hexdigest()[:20]
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix('.lock')):
         if target.exists():
             found = _open_masks(target, meta)
-            if found is not None: return found
-            print('the mask cache is damaged and is made again')
+            if found is None: print('the mask cache is damaged and is made again')
+            elif is_kept(target/'meta.json', fresh):
+                print(f'masks {kept_from(target/"meta.json", made_with=read_json(target/"meta.json")["versions"])}')
+                return found
             shutil.rmtree(target)
         started = time.perf_counter()
         masks = raw_masks(segmenter, pixels)
@@ -741,7 +752,7 @@ def mask_cache(
         with atomic_path(target) as temporary:
             temporary.mkdir()
             np.save(temporary/'masks.npy', masks.packed)
-            write_json(temporary/'meta.json', meta | dict(crc32=_checksums(masks.packed), seconds=seconds, mask_size=masks.size))
+            write_json(temporary/'meta.json', meta | dict(crc32=_checksums(masks.packed), seconds=seconds, mask_size=masks.size, versions=versions()))
     return masks, seconds
 
 # %% ../nbs/07_segment.ipynb #b5d2a4df

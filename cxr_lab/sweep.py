@@ -9,22 +9,20 @@ __all__ = ['CONFIG', 'GB_PER_WORKER', 'FIXED', 'read_values', 'read_config', 'wi
            'metric_figure', 'write_sweep']
 
 # %% ../nbs/lab/sweep.ipynb #6d23be82
-import ast, csv, hashlib, itertools, json, logging, math, os, queue, re, shutil, statistics, sys, time, uuid
+import csv, hashlib, itertools, json, logging, math, os, queue, re, shutil, statistics, sys, time, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from filelock import FileLock
 
-import cxr_lab
 from .edits import for_children, lessons_in_use, lessons_of
 from .kernels import kernel_manager, warm_imports, warm_up
-from .pipeline import (NotebookFailed, UsageError, _key, _locked, _once_per_version, _one, _plan, _run_step, _say, check_parameters,
-                              follow_lessons, lessons, select)
-from .report import result_code, write_results
+from .pipeline import (NotebookFailed, UsageError, _key, _locked, _one, _plan, _run_step, _say, check_parameters, follow_lessons, lessons,
+                              notebook_code, notebook_parameters, select)
+from .report import write_results
 from .runs import _discard, _full_disk, _write_csv, atomic_path, optional, read_json, read_metrics, read_status, resolve_run_dir, write_json
 from .scores import METRICS
 
@@ -85,66 +83,21 @@ def with_options(
     return config | dict(grid=grid, params=same)
 
 # %% ../nbs/lab/sweep.ipynb #94ae9ede
-@cache
-def _module(name):
-    "The top-level definitions of one of this package's modules: name -> syntax trees; empty for another package's."
-    path = Path(cxr_lab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix('.py')
-    found = {}
-    if not (name.startswith('cxr_lab.') and path.is_file()): return found
-    for node in ast.parse(path.read_text(encoding='utf-8')).body:
-        names = [node.name] if hasattr(node, 'name') else [a.asname or a.name for a in node.names] if hasattr(node, 'names') else \
-                [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        for n in names: found.setdefault(n, []).append(node)
-    return found
-
-def _imports(nodes):
-    "(module, name) of what is imported among some syntax nodes; '*' for a whole module."
-    for node in nodes:
-        if isinstance(node, ast.Import): yield from ((a.name, '*') for a in node.names)
-        if isinstance(node, ast.ImportFrom):
-            module = '.'.join(filter(None, ['cxr_lab' if node.level else '', node.module]))
-            for a in node.names: yield (f'{module}.{a.name}', '*') if _module(f'{module}.{a.name}') else (module, a.name)
-
-def _looks(tree, module=''):
-    "A piece of code's own strings, docstrings apart, and the (module, name) that it uses of this package."
-    nodes = list(ast.walk(tree))
-    documentation = {id(n.value) for n in nodes if isinstance(n, ast.Expr)}
-    strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in documentation}
-    uses = {(m, name) for m, n in _imports(nodes) for name in (_module(m) if n == '*' else [n])}
-    return strings, uses | {(module, n.id) for n in nodes if isinstance(n, ast.Name) and n.id in _module(module)}
-
-@cache
-def _looks_of(module, name):
-    found = [_looks(node, module) for node in _module(module).get(name, [])]
-    return set().union(*(s for s, _ in found)), set().union(*(u for _, u in found))
-
-def _strings(tree):
-    "Strings in a piece of code and in those functions of this package that it uses, directly or not."
-    found, todo = _looks(tree)
-    seen = set(todo)
-    while todo:
-        strings, uses = _looks_of(*todo.pop())
-        found |= strings
-        todo |= uses - seen
-        seen |= uses
-    return found
-
-@_once_per_version
 def _notebook_code(path):
-    "(syntax tree of a notebook's code, all strings that its work can depend on)"
-    from IPython.core.inputtransformer2 import TransformerManager
-    source = '\n'.join(TransformerManager().transform_cell(c) for c in result_code(nbformat.read(path, 4)))
-    try: tree = ast.parse(source)
+    try: return notebook_code(path)
     except SyntaxError as e: raise UsageError(f'{Path(path).name} is not valid Python: {e}') from None
-    return tree, _strings(tree)
 
 def needs(
     notebook: str | os.PathLike,  # its file
     earlier: list[str],           # names of the notebooks before it, in order
-) -> list[str]:                   # those of them that it reads
-    "Which earlier notebooks a notebook names, itself or through the functions that it imports."
-    strings = _notebook_code(notebook)[1]
-    return [name for name in earlier if any(name in s for s in strings)]
+) -> list[str]:                   # those of them that it reads; all of them, where that cannot be told
+    "Which earlier notebooks a notebook names, itself or through the definitions that it reaches."
+    return _needs(notebook, earlier, *_notebook_code(notebook))
+
+def _needs(notebook, earlier, code, strings):
+    if any('cannot tell' in digests for digests in code.values()): return list(earlier)
+    defaults = {k.default for k in notebook_parameters(notebook).values() if isinstance(k.default, str)}
+    return [name for name in earlier if any(name in s for s in strings | defaults)]
 
 # %% ../nbs/lab/sweep.ipynb #dda9eac0
 @dataclass(frozen=True)
@@ -155,6 +108,7 @@ class Node:
     params: dict    # what is set in it
     needs: dict     # name of notebook -> key, of those that it reads
     upstream: dict  # the same, of all that had to run before
+    code: dict      # the definitions that it reaches, of `notebook_code`
 
     @property
     def stem(self): return Path(self.path).stem
@@ -205,7 +159,7 @@ def point_name(
     return clean if clean == text and not text.startswith('.') else f'{clean.lstrip(".")}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
 
 # %% ../nbs/lab/sweep.ipynb #24088ee5
-def _with_needs(names, nbs, said):
+def _with_needs(names, nbs, said, look):
     "The notebooks that are meant and all that they read, in order, and who reads whom; `said` replaces what their code says."
     known = {p.stem: p for p in lessons(nbs)}
     said = {_one(k, known): [_one(n, known) for n in v] for k, v in (said or {}).items()}
@@ -213,7 +167,7 @@ def _with_needs(names, nbs, said):
     wanted = {p.stem for p in select(names, nbs)}
     for stem in reversed(stems):
         if stem not in wanted: continue
-        reads[stem] = sorted(said.get(stem) if stem in said else needs(known[stem], stems[:stems.index(stem)]))
+        reads[stem] = sorted(said[stem] if stem in said else _needs(known[stem], stems[:stems.index(stem)], *look(known[stem])))
         if late := [n for n in reads[stem] if n >= stem]: raise UsageError(f'needs: {stem} cannot read {", ".join(late)}, which comes later')
         wanted |= set(reads[stem])
     return [known[s] for s in stems if s in wanted], dict(sorted(reads.items()))
@@ -229,12 +183,18 @@ def _typed(selected, key, value):
 
 class _Hashes:
     "Hashes of steps; what equal steps have in common is looked at once."
-    def __init__(self): self.own, self.inputs = {}, {}
+    def __init__(self, look): self.look, self.own, self.inputs, self.known = look, {}, {}, {}
+
+    def code(self, path):  # what it reaches; a hash of that
+        if path not in self.known:
+            code = self.look(path)[0]
+            self.known[path] = code, hashlib.sha256(json.dumps(code).encode()).hexdigest()
+        return self.known[path]
 
     def __call__(self, path, params, direct):
         same = path, json.dumps(params)
         if same not in self.own:
-            key = _key(path, params)
+            key = _key(path, params, self.code(path)[1])
             files = {k: state for k, v in key['parameters'].items() if isinstance(v, str) and (state := _state_of_input(v, self.inputs))}
             self.own[same] = json.dumps([path.stem, key, files])
         return hashlib.sha256(f'{self.own[same]} {json.dumps(direct)}'.encode()).hexdigest()[:16]
@@ -251,9 +211,10 @@ def plan_sweep(
     "The graph of all steps; `UsageError` if anything that was asked for is unknown, of another type, or asked for twice."
     grid, points = grid or {}, points or [{}]
     if both := [k for k in grid if any(k in p for p in points)]: raise UsageError(f'{", ".join(both)}: in the grid and in the points')
-    selected, reads = _with_needs(notebooks, nbs, needs)
-    follow_lessons(selected)
-    paths, nodes, planned, hashed = {p.stem: p for p in selected}, {}, {}, _Hashes()
+    follow_lessons(lessons(nbs))
+    look = cache(_notebook_code)  # at each once, as they are now
+    selected, reads = _with_needs(notebooks, nbs, needs, look)
+    paths, nodes, planned, hashed = {p.stem: p for p in selected}, {}, {}, _Hashes(look)
     known = {}
     def typed(values):
         for kv in values.items():
@@ -267,7 +228,7 @@ def plan_sweep(
             for stem, path in paths.items():
                 direct = {n: steps[n] for n in reads[stem]}
                 steps[stem] = hashed(path, overrides[stem], direct)
-                if steps[stem] not in nodes: nodes[steps[stem]] = Node(path.as_posix(), steps[stem], overrides[stem], direct, {n: steps[n] for n in before[stem]})
+                if steps[stem] not in nodes: nodes[steps[stem]] = Node(path.as_posix(), steps[stem], overrides[stem], direct, {n: steps[n] for n in before[stem]}, hashed.code(path)[0])
             values = typed(varied)
             point = Point(point_name(values), values, overrides, steps)
             if planned.setdefault(point.name, point) is not point: raise UsageError(f'the point {point.name} is asked for twice')
@@ -364,7 +325,7 @@ def run_step(
             _prepare(node, Path(out))
             (run/'failed.json').unlink(missing_ok=True)
             warm_up(modules, threads)
-            _run_step(Path(node.path), run, run.as_posix(), node.params, True, node.stem, say=said.append, manager=kernel_manager(str((run/'.kernel.lock').resolve())))
+            _run_step(Path(node.path), run, run.as_posix(), node.params, True, node.stem, say=said.append, manager=kernel_manager(str((run/'.kernel.lock').resolve())), code=node.code)
     except Exception as e:
         failure = _failure(e, node)
         try: write_json(run/'failed.json', failure)

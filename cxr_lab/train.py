@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINER', 'PROGRESS', 'DATA_KEYS', 'SMALL', 'SPLIT_COLORS', 'Pixels', 'make_loader', 'Classifier', 'trainer_settings',
-           'on_accelerator', 'default_precision', 'kept_epoch', 'fit', 'predict', 'Experiment', 'Training',
+           'on_accelerator', 'default_precision', 'kept_epoch', 'fit', 'predict', 'Experiment', 'images_of', 'Training',
            'training_memory', 'workers_for', 'run_experiments', 'run_experiment', 'read_histories', 'plot_histories',
            'test_table', 'plot_test', 'over_seeds']
 
@@ -33,9 +33,9 @@ from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError, Mul
 
 from .cores import in_processes, in_threads, keep_freed_memory
 from .data import CLASSES, COLORS, Dataset, on_phantoms
-from .kept import changed, code_of
+from .kept import array_digest, changed, code_of, few, is_kept, kept_from, take_back
 from .model import build_model, load_model, save_model, to_float
-from .runs import Step, atomic_path, progress, read_json, read_metrics, write_json
+from .runs import Step, atomic_path, progress, read_json, read_metrics, versions, write_json
 from .scores import METRICS, calibration_error, choose_threshold, intervals, mean_sd, score
 
 # %% ../nbs/03_train.ipynb #8428cd09
@@ -259,6 +259,11 @@ class Experiment:
 def _rank():  # of this process among those that train together
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
+def images_of(data: Dataset) -> dict:  # some digits of a hash of each
+    "What a training sees, and what of it belongs to which split: the pixels themselves, whatever code has made them."
+    index = data.index[['path', 'patient', 'split', 'label']].to_csv(index=False)
+    return {'pixels': array_digest(data.pixels), 'index': array_digest(np.frombuffer(index.encode(), np.uint8))}
+
 DATA_KEYS = ('groups', 'image_size', 'aspect', 'val_fraction', 'seed')  # parameters of lesson 00 that decide what is trained on
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +275,7 @@ class Training:
     settings: dict  # model, epochs, batch_size, lr, weight_decay, ...
     trainer: dict   # as pytorch_lightning.Trainer takes them
     code: dict      # of code_of
+    images: dict    # of images_of
 
     @property
     def place(self): return (Path(self.experiment.sub)/f'seed_{self.seed}').as_posix()
@@ -280,7 +286,7 @@ class Training:
     @property
     def recipe(self):
         e, before = self.experiment, self.step.params('00_data')
-        return {'dataset': self.step.fact('dataset')['fingerprint'], **{k: before[k] for k in DATA_KEYS if k in before},
+        return {'dataset': self.step.fact('dataset')['fingerprint'], 'images': self.images, **{k: before[k] for k in DATA_KEYS if k in before},
                 'experiment': e.name, 'training_seed': self.seed, 'augment': repr(e.augment),
                 **self.settings, **e.facts, 'trainer': self.trainer, 'code': self.code}
 
@@ -289,9 +295,10 @@ class Training:
         file = self.folder/'recipe.json'
         if not file.exists(): return None
         then, now = read_json(file), self.recipe
+        then.pop('versions', None)  # noted, and no reason to train again
         return changed(then | {'code': None}, now | {'code': None}) + changed(then.get('code', {}), now['code'])
 
-    def begun(self) -> bool: return self.differences() == []
+    def begun(self) -> bool: return self.differences() == [] and is_kept(self.folder/'recipe.json')
 
     def complete(self) -> bool: return self.begun() and (self.folder/'metrics.json').exists()
 
@@ -308,7 +315,7 @@ class Training:
         with lock:  # the first of several processes clears the folder; one that is alone keeps others away till it is done
             if not self.begun():
                 shutil.rmtree(self.folder, ignore_errors=True)
-                write_json(self.folder/'recipe.json', self.recipe)
+                write_json(self.folder/'recipe.json', self.recipe | {'versions': versions()})
             if not several: self._train()
         if several: self._train()
 
@@ -319,7 +326,7 @@ class Training:
         network = build_model(s['model'])
         image_size, aspect = (self.step.params('00_data')[k] for k in ('image_size', 'aspect'))
         info = dict(model=s['model'], image_size=image_size, aspect=aspect, scaling='uint8 / 255',
-                    trained_on=e.data.source.kind, recipe={k: v for k, v in self.recipe.items() if k != 'code'})
+                    trained_on=e.data.source.kind, recipe={k: v for k, v in self.recipe.items() if k not in ('code', 'images')})
         knobs = {k: s[k] for k in ('epochs', 'batch_size', 'lr', 'weight_decay')}
         history = fit(network, e.data, self.folder, info, seed=self.seed, augment=e.augment, **knobs, **self.trainer)
         if _rank() == 0: _judge(self, network, history, started)
@@ -376,11 +383,14 @@ def run_experiments(
     seeds = range(params['seed'], params['seed'] + params['seeds'])
     def training(e, seed):
         batch = min(settings['batch_size'], max(8, len(e.data.rows('train')) // 32))
-        return Training(step, e, seed, settings | {'batch_size': batch}, trainer, codes[e.name])
-    codes = {e.name: code_of(build_model, Classifier, fit, e.augment, *e.made_by) for e in experiments}
+        return Training(step, e, seed, settings | {'batch_size': batch}, trainer, codes[e.name], images[e.name])
+    codes = {e.name: code_of(build_model, Classifier, fit, _judge, e.augment, *e.made_by) for e in experiments}
+    images = {e.name: images_of(e.data) for e in experiments}
     trainings = {e.name: [training(e, seed) for seed in seeds] for e in experiments}
     if len({t.place for of in trainings.values() for t in of}) < len(seeds) * len(experiments):
         raise ValueError('two experiments have the same name or the same folder')
+    for of in trainings.values():
+        for t in of: take_back(step.dir, t.place)
     todo = [t for of in trainings.values() for t in of if fresh or not t.complete()]
     for name, of in trainings.items(): print(f'{name}: {_fate(of, todo)}')
     if fresh:
@@ -393,12 +403,12 @@ def _fate(trainings, todo) -> str:
     kept, again = [t for t in trainings if t not in todo], [t for t in trainings if t in todo]
     told = []
     if kept:
-        when = max((t.folder/'metrics.json').stat().st_mtime for t in kept)
-        told.append(f'{len(kept)} kept from {time.strftime("%Y-%m-%d %H:%M", time.localtime(when))} (same images, parameters and code)')
+        made_with = read_json(kept[-1].folder/'recipe.json').get('versions')
+        told.append(f'{len(kept)} {kept_from(*(t.folder/"metrics.json" for t in kept), made_with=made_with)}')
     if again:
         why = sorted({d for t in again for d in t.differences() or []})
-        told.append(f'{len(again)} to train' + (f' (changed: {", ".join(why[:4])}{" ..." if len(why) > 4 else ""})' if why else ''))
-    return ', '.join(told)
+        told.append(f'{len(again)} to train' + (f' (changed: {few(why)})' if why else ''))
+    return '; '.join(told)
 
 def _run(todo, workers):
     "The trainings that are not complete: side by side on cores, one after the other where they share devices."

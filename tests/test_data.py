@@ -14,6 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from cxr_lab import data
 from cxr_lab.data import (CLASSES, INDEX_COLUMNS, Dataset, Leakage, check_no_leakage, fetch, find_data, fingerprint, index_images, join_identical, leaked_share,
                           load_dataset, open_image, patient_of, pixel_cache, read_file, read_pixels, read_start, split_validation, square, subtype_of, to_gray, unpack_images)
+from cxr_lab.kept import only_since
 from cxr_lab.runs import MissingUpstream, Step
 
 
@@ -519,6 +520,7 @@ def broken_files(root):
 def test_one_pass_makes_the_same_index_and_the_same_cache(root, tmp_path, monkeypatch, chunk, aspect):
     broken_files(root)
     monkeypatch.setattr(data, '_chunk', lambda size: chunk)
+    monkeypatch.setattr(data, 'code_of', lambda *roots: {})  # what counts below is no other code
     index, rejected = index_images(root)
     pixels = np.array(pixel_cache(root, index, 32, aspect, folder=tmp_path/'two'))
     opened, reader = [], data.open_image
@@ -529,6 +531,24 @@ def test_one_pass_makes_the_same_index_and_the_same_cache(root, tmp_path, monkey
     assert files_in(tmp_path/'one') == files_in(tmp_path/'two') and len(files_in(tmp_path/'one')) == 3
     assert np.array_equal(pixel_cache(root, once[0], 32, aspect, folder=tmp_path/'one'), pixels)
     assert len(opened) == len(index) + 2 and not calls, 'each file is decoded once'
+
+def test_pixels_are_those_of_the_code_that_reads(cache, monkeypatch, capsys):
+    root, index, folder, pixels = cache
+    original = data.square
+    def inverted(gray, size, aspect='stretch'): return 255 - original(gray, size, aspect)
+    with monkeypatch.context() as m:
+        m.setattr(data, 'square', inverted)
+        assert (pixel_cache(root, index, 32, folder=folder) == 255 - pixels).all()
+    assert (pixel_cache(root, index, 32, folder=folder) == pixels).all() and 'damaged' not in capsys.readouterr().out
+
+def test_pixels_from_before_a_fresh_start_are_decoded_again(cache, monkeypatch, capsys):
+    root, index, folder, pixels = cache
+    meta = next(folder.glob('*/meta.json'))
+    with only_since(meta.stat().st_mtime + 1):
+        os.utime(meta, (0, 0))
+        assert (pixel_cache(root, index, 32, folder=folder) == pixels).all()
+    made = next(folder.glob('*/meta.json')).stat().st_mtime
+    assert made > 0 and 'damaged' not in capsys.readouterr().out
 
 def test_one_pass_keeps_a_sound_cache_and_replaces_a_damaged_one(root, tmp_path, capsys):
     folder = tmp_path/'caches'

@@ -1,12 +1,13 @@
 "Which changes make a result another one: every definition and value it uses, and nothing else."
-import ast, functools, importlib.util, json, os, shutil, subprocess, sys, textwrap
+import ast, functools, importlib.util, json, linecache, os, shutil, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cxr_lab.kept import changed, code_of, is_ours
+from cxr_lab.kept import changed, code_of, code_of_cells, few, fresh_since, is_kept, is_ours, kept_from, only_since, put_aside, take_back
+from cxr_lab.runs import versions
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -208,3 +209,142 @@ def test_moving_a_definition_to_another_module_changes_nothing(package, tmp_path
     augment.write_text(''.join(lines).replace('from .model import', 'from .model import move,', 1))
     model.write_text(model.read_text() + '\nfrom torch.nn import functional as F\n' + moved)
     assert changed(before, listed(root)) == []
+
+
+# The cells of a notebook that has not run
+
+CELLS = ['import json\nimport numpy as np', 'from elsewhere import helper, Model\nimport elsewhere as e', 'def local(x, by=2):\n    return by * helper(x)',
+         'class Kind:\n    def say(self): return e.SCALE', 'def unused(): return 0', '"""A remark."""', 'total: int = local(1) + Kind().say()  # a comment', 'json.dumps(total)']
+ELSEWHERE = 'SCALE = 3\ndef deeper(x): return x - 1\ndef helper(x): return deeper(x)\nclass Model:\n    width = 4\ndef other(): return 5\n'
+
+@pytest.fixture
+def of_cells(module, tmp_path, monkeypatch):
+    "`of_cells(old, new)`: `code_of_cells` with a change in one of the cells, or in the module that they import."
+    monkeypatch.syspath_prepend(tmp_path)
+    def get(old='', new=''):
+        module(ELSEWHERE.replace(old, new) if old else ELSEWHERE, 'elsewhere')
+        linecache.checkcache()
+        return code_of_cells([c.replace(old, new) if old else c for c in CELLS])[0]
+    return get
+
+@pytest.mark.parametrize('old, new, names', [
+    ('by * helper', 'by + helper', ['local']), ('by=2', 'by=30', ['local', 'local default']), ('e.SCALE', 'e.SCALE + 1', ['Kind']),
+    ('Kind().say()  #', 'Kind().say() - 1  #', ['cells']), ('SCALE = 3', 'SCALE = 31', ['SCALE']), ('return x - 1', 'return x - 20', ['deeper']),
+    ('return deeper(x)', 'return -deeper(x)', ['helper']), ('json.dumps(total)', 'json.loads(total)', ['cells'])])
+def test_a_change_in_what_cells_reach_is_seen(of_cells, old, new, names):
+    assert changed(of_cells(), of_cells(old, new)) == names
+
+@pytest.mark.parametrize('old, new', [
+    ('  # a comment', ''), ('A remark.', 'Another remark.'), ('return 0', 'return 1'), ('return 5', 'return 55'), ('width = 4', 'width = 44'), ('total: int =', 'total ='),
+    ('def local(x, by=2):\n', 'def local(x: float, by: int = 2) -> float:\n    "Twice."\n'), ('local(1) + Kind', 'local(1)  +  Kind'), ('import json\n', 'import json, math\n')])
+def test_what_cells_do_not_reach_and_remarks_change_nothing(of_cells, old, new):
+    assert changed(of_cells(), of_cells(old, new)) == []
+
+def test_a_function_weighs_the_same_in_a_cell_and_in_a_module(module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    function = 'def helper(x, by=2): return by * x\n'
+    module(function, 'holds')
+    assert changed(code_of_cells([function, 'helper(3)'])[0], code_of_cells(['from holds import helper', 'helper(3)'])[0]) == []
+
+def test_a_module_that_is_used_as_a_whole_or_starred_is_followed_as_a_whole(module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module(ELSEWHERE, 'elsewhere')
+    assert {'SCALE', 'helper', 'other', 'Model'} <= set(code_of_cells(['import elsewhere', 'print(elsewhere)'])[0])
+    assert set(code_of_cells(['from elsewhere import *', 'helper(1)'])[0]) == {'cells', 'helper', 'deeper'}
+
+def test_cells_are_read_and_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'beside.py').write_text('def f(): return 1\n')
+    code = code_of_cells(['import no_such_library', 'from beside import f', "open('made', 'w')", 'f()', 'raise SystemExit'])[0]
+    assert set(code) == {'cells', 'f'} and not (tmp_path/'made').exists() and str(tmp_path) not in sys.path
+    (tmp_path/'fails.py').write_text('1/0')
+    one, two = (code_of_cells(['from fails import f', 'f()'])[0] for _ in 'ab')
+    assert changed(one, two) == ['fails'] and 'ZeroDivisionError' in one['fails'], 'its notebook will tell'
+    with pytest.raises(SyntaxError): code_of_cells(['def ('])
+
+def test_another_library_under_the_same_name_is_seen():
+    def of(line): return code_of_cells([line, 'f(1)'])[0]
+    assert changed(of('from math import sin as f'), of('from math import cos as f')) == ['f'] and changed(of('from math import sin as f'), of('import os\nfrom math import sin as f')) == []
+
+def test_strings_are_found_wherever_they_are_reached(module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module('NAMES = {"a": ["from a value"]}\ndef f():\n    "A docstring."\n    return NAMES, f"{1} in a text"\ndef g(): return "not reached"\n', 'speaks')
+    words = code_of_cells(['from speaks import f', '"""A remark."""', 'print(f(), "here")', 'def h(): return "nor this"'])[1]
+    assert {'from a value', ' in a text', 'here', 'a'} <= words and not {'A docstring.', 'A remark.', 'not reached', 'nor this'} & words
+
+KEYS = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from cxr_lab import pipeline, sweep
+assert pipeline.__file__.startswith(sys.argv[1])
+paths = pipeline.lessons(Path(sys.argv[1])/'nbs')
+print(json.dumps([{p.stem: pipeline._key(p, {})['code'] for p in paths}, sweep.plan_sweep(data='phantom', nbs=Path(sys.argv[1])/'nbs').points[0].steps]))
+"""
+
+@pytest.mark.slow
+def test_the_network_of_lesson_02_in_the_keys_of_all_lessons(package, tmp_path):
+    "In a copied checkout, as a reader edits it: the default of a parameter counts, a comment and a docstring do not."
+    shutil.copytree(package, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(REPO/'nbs', tmp_path/'nbs')
+    def keys():
+        env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+        done = subprocess.run([sys.executable, '-c', KEYS, str(tmp_path)], env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    model = tmp_path/'cxr_lab'/'model.py'
+    text, (codes, points) = model.read_text(), keys()
+    start = text.index('class SmallCNN')
+    model.write_text(text[:start] + '# A comment.\n\n' + text[start:].replace('"', '"Another docstring: ', 1))
+    assert keys() == [codes, points]
+    model.write_text(text[:start] + text[start:].replace('tuple = (16,', 'tuple = (32,', 1))
+    assert model.read_text() != text
+    now, moved = keys()
+    assert all(any(k.startswith('SmallCNN') for k in changed(codes[s], now[s])) for s in ('03_train', '04_augment', '08_masked', '09_tsne'))
+    assert codes['00_data'] == now['00_data'] and codes['01_explore'] == now['01_explore'] and codes['02_model'] == now['02_model'], '02 has it in its own cells'
+    assert {s for s in points if points[s] == moved[s]} == {'00_data', '01_explore', '02_model', '07_segment'}
+
+
+# Keeping
+
+def test_what_counts_since_when(tmp_path):
+    file = tmp_path/'metrics.json'
+    assert not is_kept(file)
+    file.touch()
+    os.utime(file, (1000, 1000))
+    assert is_kept(file) and not is_kept(file, fresh=True) and fresh_since() == 0
+    with only_since(1000): assert is_kept(file)
+    with only_since(1001):
+        assert not is_kept(file)
+        with only_since(0): assert fresh_since() == 1001, 'what is asked for outside holds inside'
+        seen = subprocess.run([sys.executable, '-c', 'from cxr_lab.kept import fresh_since; print(fresh_since())'], capture_output=True, text=True, cwd=REPO)
+        assert float(seen.stdout) == 1001, 'and in other processes'
+    assert is_kept(file) and 'CXR_LAB_FRESH' not in os.environ
+
+def test_what_is_said_of_kept_results(tmp_path, monkeypatch):
+    monkeypatch.setenv('TZ', 'UTC')
+    time.tzset()
+    for i, moment in enumerate((1795615380, 1795000000)):
+        (tmp_path/str(i)).touch()
+        os.utime(tmp_path/str(i), (moment, moment))
+    assert kept_from(tmp_path/'0', tmp_path/'1') == 'kept from 2026-11-25 14:03: same images, parameters and code'
+    now = versions()
+    assert kept_from(tmp_path/'0', made_with=now) == kept_from(tmp_path/'0')
+    assert kept_from(tmp_path/'0', made_with=now | {'numpy': '0.1', 'gone': '2'}).endswith(f'code (made with numpy 0.1, now {now["numpy"]})')
+
+def test_results_with_a_recipe_are_put_aside_and_taken_back(tmp_path):
+    for place in ('seed_0', 'a/b/seed_1'):
+        (tmp_path/place).mkdir(parents=True)
+        (tmp_path/place/'recipe.json').write_text(place)
+    (tmp_path/'a/other.txt').touch()
+    put_aside(tmp_path)
+    put_aside(tmp_path)  # what is aside stays there
+    assert not (tmp_path/'seed_0').exists() and not (tmp_path/'a/b/seed_1').exists() and (tmp_path/'a/other.txt').exists()
+    take_back(tmp_path, 'a/b/seed_1'), take_back(tmp_path, 'never')
+    assert (tmp_path/'a/b/seed_1/recipe.json').read_text() == 'a/b/seed_1' and not (tmp_path/'seed_0').exists() and not (tmp_path/'never').exists()
+    (tmp_path/'seed_0').mkdir()
+    take_back(tmp_path, 'seed_0')
+    assert not list((tmp_path/'seed_0').iterdir()), 'a newer one stands'
+
+def test_long_lists_are_cut():
+    assert few(['a']) == 'a' and few(list('abcd')) == 'a, b, c, d' and few(list('abcde')) == 'a, b, c, d ...'

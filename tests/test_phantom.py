@@ -242,7 +242,8 @@ def test_small_sets_start_no_processes(tmp_path, monkeypatch, few, asked, expect
     assert seen == [expected]
 
 def test_sets_that_differ_in_their_markers_are_rendered_once(written, tmp_path, monkeypatch):
-    calls, trace_ = [], phantom.trace
+    calls, trace_, code = [], phantom.trace, phantom.generator()
+    monkeypatch.setattr(phantom, 'generator', lambda: code)  # what counts is no other generator
     monkeypatch.setattr(phantom, 'trace', lambda *a: (calls.append(1), trace_(*a))[1])
     roots = {tmp_path/'a': PHI, tmp_path/'b': None, tmp_path/'c': -.5}
     assert write_marked(roots, **SMALL) is None and len(calls) == 28
@@ -274,7 +275,17 @@ def test_a_failure_in_another_process_leaves_nothing(tmp_path, monkeypatch):
     time.sleep(1)  # for whoever is still at work
     assert list(tmp_path.iterdir()) == []
 
+def test_a_folder_that_other_code_wrote_is_not_reused(written, monkeypatch):
+    code = phantom.generator()
+    original = phantom.trace
+    def brighter(*args): return original(*args) + 1
+    monkeypatch.setattr(phantom, 'trace', brighter)
+    assert phantom.generator() != code
+    with pytest.raises(FileExistsError, match='other phantoms .generator is'): write_phantoms(written, **SMALL, marker_correlation=PHI)
+
 def test_a_complete_folder_is_reused(written, monkeypatch):
+    code = phantom.generator()
+    monkeypatch.setattr(phantom, 'generator', lambda: code)
     before = {p: p.stat().st_mtime_ns for p in written.rglob('*')}
     monkeypatch.setattr(phantom, '_write_patient', lambda *a: pytest.fail('wrote again'))
     assert write_phantoms(str(written), **SMALL, marker_correlation=PHI) == written

@@ -1,5 +1,5 @@
 "Running notebooks into a run folder: checks before the start, failures that say where, resuming."
-import json, os, pickle
+import json, os, pickle, re
 from pathlib import Path
 
 import nbformat
@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from cxr_lab import kernels, pipeline
 from cxr_lab.pipeline import NotebookFailed, RunInUse, UsageError, check_parameters, lessons, notebook_parameters, notebooks_dir, run_pipeline, select
-from cxr_lab.runs import read_json, write_json
+from cxr_lab.runs import read_json, versions, write_json
 
 RUN_DIR = "run_dir: str = 'runs/default'  # run folder"
 
@@ -165,13 +165,72 @@ def test_resume(nbs, capfd):
     run(notebooks=['01']); assert ran() == ['train 0.001 8 0'] and not Path('runs/r/01_train/old.txt').exists()  # no resume: from scratch
     assert files() == ['00_data/00_data.ipynb', '00_data/status.json', '01_train/01_train.ipynb', '01_train/status.json', 'pipeline.json', 'results.json']
 
-def test_another_version_runs_again(nbs, monkeypatch):
-    path = nbs/'01_train.ipynb'
-    key = pipeline._key(path, {})
-    write_json('runs/r/01_train/status.json', {'id': 'x', 'upstream': {}, **key})
-    assert pipeline._why_run(Path('runs/r'), '01_train', key) == ''
-    monkeypatch.setattr(pipeline, '__version__', '99')
-    assert pipeline._why_run(Path('runs/r'), '01_train', pipeline._key(path, {}))
+def why(path, run='runs/r'): return pipeline._why_run(Path(run), path.stem, pipeline._key(path, {}))
+
+def complete(path, run='runs/r', **status):
+    "As if a notebook had been executed."
+    write_json(Path(run)/path.stem/'status.json', {'id': 'x', 'upstream': {}, 'seconds': 1., **pipeline._key(path, {}), 'versions': versions()} | status)
+
+def test_other_versions_are_named_and_run_nothing(nbs, capfd):
+    run(notebooks=['00'])
+    capfd.readouterr()
+    run(notebooks=['00'], resume=True)
+    assert re.fullmatch(r'00_data \(1/1\): complete, kept from \d{4}-\d\d-\d\d \d\d:\d\d: same images, parameters and code\n', capfd.readouterr().err)
+    complete(nbs/'00_data.ipynb', versions=versions() | {'torch': '1.0'})
+    ran()
+    run(notebooks=['00'], resume=True)
+    assert f'(made with torch 1.0, now {versions()["torch"]})' in capfd.readouterr().err and ran() == []
+
+def test_what_an_older_pipeline_completed_runs_again(nbs):
+    complete(nbs/'01_train.ipynb', code='0f3a')
+    assert why(nbs/'01_train.ipynb') == 'what code made it was not noted'
+
+def test_a_definition_that_a_lesson_reaches_runs_it_again(tmp_path, monkeypatch):
+    "Half as many channels in lesson 02: its own cells, and those lessons that use its network, are other code."
+    monkeypatch.chdir(tmp_path)
+    from cxr_lab.model import SmallCNN
+    paths = {p.stem: p for p in lessons()}
+    for stem in ('01_explore', '03_train', '04_augment', '09_tsne'): complete(paths[stem])
+    assert [why(paths[s]) for s in ('01_explore', '03_train', '04_augment', '09_tsne')] == ['']*4
+    original = SmallCNN.__init__
+    def narrow(self, widths=(8, 12, 24, 64)): original(self, widths)
+    monkeypatch.setattr(SmallCNN, '__init__', narrow)
+    for stem in ('03_train', '04_augment', '09_tsne'): assert re.match('its code changed: .*(SmallCNN|narrow)', why(paths[stem])), stem
+    assert why(paths['01_explore']) == ''
+
+def test_no_lesson_holds_what_cannot_be_told():
+    for path in lessons():
+        code, _ = pipeline.notebook_code(path)
+        assert len(code) > 50 and not [k for k, v in code.items() if 'cannot tell' in v], path.stem
+
+def test_code_that_is_not_python_is_left_to_its_execution(nbs):
+    write_notebook('02_broken', RUN_DIR, 'def (')
+    assert 'not valid Python' in pipeline._key(nbs/'02_broken.ipynb', {})['code']['cells']
+
+TRAINED = ("import json, pathlib, sys\nfrom cxr_lab.kept import is_kept, take_back\nstep = pathlib.Path(run_dir)/'02_trains'\ntake_back(step, 'seed_0')\n"
+           "if not is_kept(step/'seed_0/recipe.json'):\n    (step/'seed_0').mkdir(exist_ok=True); (step/'seed_0/recipe.json').write_text('{}'); open('log.txt', 'a').write('trained\\n')\n")
+
+def test_trainings_outlive_other_code_and_a_fresh_start_makes_all_again(nbs, capfd):
+    "One story, because every kernel costs seconds."
+    write_notebook('02_trains', RUN_DIR, TRAINED, 'title = 1')
+    run(notebooks=['02']); assert ran() == ['trained']
+    step = Path('runs/r/02_trains')
+    (step/'old.png').touch()
+    (step/'seed_9').mkdir(); (step/'seed_9/recipe.json').touch()
+    write_notebook('02_trains', RUN_DIR, TRAINED, 'title = 2')
+    run(notebooks=['02'], resume=True); assert ran() == []  # executed again, and what it had trained is kept
+    assert 'its code changed: cells' in capfd.readouterr().err
+    assert sorted(p.name for p in step.iterdir()) == ['02_trains.ipynb', 'seed_0', 'status.json'], 'and nothing that this execution did not ask for'
+    run(notebooks=['02']); assert ran() == []
+    for file in (step/'seed_0/recipe.json', step/'status.json'): os.utime(file, (1e9, 1e9))
+    write_notebook('02_trains', RUN_DIR, TRAINED, 'raise ValueError')
+    with pytest.raises(NotebookFailed): run(notebooks=['02'], fresh=True)
+    assert ran() == ['trained']
+    write_notebook('02_trains', RUN_DIR, TRAINED, 'title = 2')
+    run(notebooks=['02'], resume=True); assert ran() == [], 'what the fresh run has made itself is kept'
+    os.utime(step/'status.json', (1e9, 1e9)); os.utime(step/'seed_0/recipe.json', (1e9, 1e9))
+    run(notebooks=['02'], resume=True); assert ran() == ['trained'], 'an interrupted --fresh is resumed as one'
+    assert 'again, as --fresh says' in capfd.readouterr().err and 'CXR_LAB_FRESH' not in os.environ
 
 def test_failure_says_where_and_resume_continues_there(nbs):
     write_notebook('02_fails', f"{RUN_DIR}\nepochs: int = 8", "from pathlib import Path\nstep = Path(run_dir)/'02_fails'", '# why\n\nraise_on = 8',

@@ -1,5 +1,5 @@
 "Lung segmentation: outlines, agreement, training and its interruption, files that cannot be trusted, plausibility, and that no image is lost."
-import json, shutil, subprocess, sys, threading
+import json, re, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import cv2
@@ -12,6 +12,7 @@ from scipy.spatial.distance import dice as dice_distance, jaccard
 
 from cxr_lab import segment as seg
 from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation, square
+from cxr_lab.kept import changed, code_of, only_since
 from cxr_lab.runs import MissingUpstream, Step, read_json
 from cxr_lab.segment import (Masks, Segmenter, agreement, agreement_scores, borrow_masks, build_unet, dice, draw_outlines, implausible, iou, load_masks, load_segmenter, lung_outlines,
                              mask_cache, mask_shape, mask_shapes, pack, prepare, save_masks, save_unet, segment, shape_limits, tidy, train_cached, train_unet, vary)
@@ -257,10 +258,39 @@ def test_a_network_trained_for_seconds_finds_the_lungs_of_unseen_phantoms(chests
     assert set(card['held_out']) == set(data.index.patient[data.rows('validation')]) and not set(card['held_out']) & set(data.index.patient[data.rows('train')])
     assert card['trained_on'] == 'phantoms' and not list(trained.parent.glob('*.tmp*'))
 
-def test_a_finished_training_is_not_repeated(chests, trained, monkeypatch):
+def test_a_finished_training_is_not_repeated(chests, trained, capsys):
     data, outlines, have = chests
-    monkeypatch.setattr(seg, 'train_unet', lambda *a, **k: pytest.fail('trained again'))
-    assert train_cached(data, data.pixels, outlines, have, SMALL) == trained
+    before = trained.stat().st_mtime_ns
+    assert train_cached(data, data.pixels, outlines, have, SMALL) == trained and trained.stat().st_mtime_ns == before
+    assert re.fullmatch(r'lung network kept from .*: same images, parameters and code\n', capsys.readouterr().out)
+    assert {'train_unet', 'vary', 'batches', 'outline_loss', 'dice', 'build_unet'} <= set(read_json(trained.parent/'recipe.json')['code'])
+
+@pytest.mark.parametrize('name', ['train_unet', 'vary', 'outline_loss', 'build_unet', '_pass'])
+def test_an_edited_definition_of_the_training_is_trained_again(chests, trained, monkeypatch, name):
+    data, outlines, have = chests
+    original = getattr(seg, name)
+    def edited(*args, **kwargs): return original(*args, **kwargs)
+    class Trained(Exception): pass
+    def stop(*args, **kwargs): raise Trained
+    monkeypatch.setattr(seg, name, edited)
+    assert changed(code_of(original), code_of(edited))
+    monkeypatch.setattr('keras.utils.set_random_seed', stop)  # where a training begins
+    with pytest.raises(Trained): train_cached(data, data.pixels, outlines, have, SMALL)
+
+def test_a_fresh_training_is_a_new_one(chests, monkeypatch):
+    data, outlines, have = chests
+    class Trained(Exception): pass
+    def stop(*args, **kwargs): raise Trained
+    quick = SMALL | dict(shown=1)
+    made = train_cached(data, data.pixels, outlines, have, quick).with_suffix('.json').stat().st_mtime
+    monkeypatch.setattr('keras.utils.set_random_seed', stop)
+    with only_since(made - 1): train_cached(data, data.pixels, outlines, have, quick)
+    with only_since(made + 1), pytest.raises(Trained): train_cached(data, data.pixels, outlines, have, quick)
+    monkeypatch.undo()
+    train_cached(data, data.pixels, outlines, have, quick)
+    monkeypatch.setattr('keras.utils.set_random_seed', stop)
+    with pytest.raises(Trained): train_cached(data, data.pixels, outlines, have, quick, fresh=True)
+
 
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(chests, tmp_path, monkeypatch):
     data, outlines, have = chests
@@ -394,9 +424,26 @@ def test_masks_are_computed_once_and_again_when_damaged(chests, tmp_path, capsys
         assert np.array_equal(mask_cache(segmenter, pixels, data.index, folder=tmp_path)[0].packed, first.packed)
         assert 'damaged' in capsys.readouterr().out
     n = len(calls)
+    assert mask_cache(segmenter, pixels, data.index, folder=tmp_path)[0] and len(calls) == n
+    assert re.fullmatch(r'masks kept from .*: same images, parameters and code\n', capsys.readouterr().out)
+    mask_cache(segmenter, pixels, data.index, folder=tmp_path, fresh=True)
+    assert len(calls) == n + n // 4 and 'damaged' not in capsys.readouterr().out
+    n = len(calls)
     mask_cache(Segmenter(Counting(), 'b'), pixels, data.index, folder=tmp_path)
     assert len(calls) > n and len(list(tmp_path.glob('*/masks.npy'))) == 2, 'another network has masks of its own'
     with pytest.raises(ValueError, match='images for'): mask_cache(segmenter, pixels[:5], data.index, folder=tmp_path)
+
+def test_masks_are_those_of_the_code_and_the_pixels(chests, tmp_path, monkeypatch):
+    data, pixels = chests[0], np.array(chests[0].pixels)
+    def masks(p=pixels, **how): return mask_cache(Segmenter(Fake(), 'a', **how), p, data.index, folder=tmp_path)[0][:]
+    first = masks()
+    assert not np.array_equal(masks(255 - pixels), first)
+    original = seg.prepare
+    assert not np.array_equal(masks(prepare=lambda p: 1 - original(p, 64)), first)
+    with monkeypatch.context() as m:
+        m.setattr(seg, 'prepare', lambda p, size: 1 - original(p, size))
+        assert not np.array_equal(masks(), first)
+    assert np.array_equal(masks(), first) and len(list(tmp_path.glob('*/masks.npy'))) == 4
 
 def test_an_interrupted_segmentation_leaves_nothing_behind(chests, tmp_path):
     class Stops(Fake):

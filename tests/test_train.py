@@ -12,8 +12,9 @@ from sklearn import metrics as sk
 from cxr_lab import train
 from cxr_lab.augment import Augment
 from cxr_lab.data import Dataset
+from cxr_lab.kept import only_since, put_aside
 from cxr_lab.model import SmallCNN, load_model
-from cxr_lab.runs import Step, read_json, read_metrics, read_predictions
+from cxr_lab.runs import Step, read_json, read_metrics, read_predictions, versions, write_json
 from cxr_lab.scores import METRICS, choose_threshold, intervals, score
 from cxr_lab.train import (Experiment, Pixels, Training, default_precision, fit, kept_epoch, make_loader, predict,
                            read_histories, run_experiment, run_experiments, test_table as tabulate)
@@ -283,7 +284,9 @@ def test_experiment_leaves_what_the_contract_says(tiny, tmp_path, counted):
         for k, (low, high) in intervals(t).items(): assert np.isnan(low) and f'test_{k}_low' not in m or (m[f'test_{k}_low'], m[f'test_{k}_high']) == (low, high)
         net, info = load_model(folder/'model.safetensors')
         assert np.allclose(predict(net, tiny.pixels), p.set_index('path').probability[tiny.index.path], atol=1e-6)
-        assert info['threshold'] == m['threshold'] and info['image_size'] == 32 and info['trained_on'] == 'phantom' and info['recipe'] | {'code': ...} == read_json(folder/'recipe.json') | {'code': ...}
+        assert info['threshold'] == m['threshold'] and info['image_size'] == 32 and info['trained_on'] == 'phantom'
+        recipe = read_json(folder/'recipe.json')
+        assert set(recipe) - set(info['recipe']) == {'code', 'images', 'versions'} and info['recipe'] == {k: recipe[k] for k in info['recipe']}
     assert len(read_histories(step.dir)) == 2 and set(read_histories(step.dir).seed) == {4, 5}
     assert (read_predictions(step.dir/'seed_4/predictions.csv').probability != read_predictions(step.dir/'seed_5/predictions.csv').probability).any()
 
@@ -396,7 +399,7 @@ def test_one_failure_leaves_the_others_as_they_are(tiny, tmp_path):
 
 def test_how_far_a_training_is_can_be_read_from_its_folder(tiny, tmp_path):
     seen = []
-    training = Training(step_for(tmp_path), Experiment('x', tiny), 4, SETTINGS | dict(model='small', epochs=2), {}, {})
+    training = Training(step_for(tmp_path), Experiment('x', tiny), 4, SETTINGS | dict(model='small', epochs=2), {}, {}, {})
     class Look(torch.nn.Module):
         def forward(self, x): seen.append(training.share()); return x
     assert training.share() == 0
@@ -426,9 +429,9 @@ def test_what_is_kept_and_what_is_trained_again_is_said(tiny, tmp_path, capsys):
         run_experiment(step_for(tmp_path), tiny, 'x', QUICK | changes)
         return capsys.readouterr().out
     assert told() == 'x: 1 to train\n'
-    assert re.fullmatch(r'x: 1 kept from \d{4}-\d\d-\d\d \d\d:\d\d \(same images, parameters and code\)\n', told())
+    assert re.fullmatch(r'x: 1 kept from \d{4}-\d\d-\d\d \d\d:\d\d: same images, parameters and code\n', told())
     assert told(lr=1e-3) == 'x: 1 to train (changed: lr)\n'
-    assert re.fullmatch(r'x: 1 kept .*, 1 to train\n', told(lr=1e-3, seeds=2))
+    assert re.fullmatch(r'x: 1 kept .*; 1 to train\n', told(lr=1e-3, seeds=2))
 
 def test_fresh_trains_again(tiny, tmp_path, counted):
     for fresh, expected in ((False, [4]), (False, []), (True, [4]), (False, [])):
@@ -466,6 +469,46 @@ def test_an_edited_view_is_trained_again(tiny, tmp_path, counted):
         run_experiments(step_for(tmp_path), [Experiment('x', tiny, made_by=(view,))], QUICK)
         return list(counted)
     assert again(a) == [4] and again(a) == [] and again(b) == [4]
+
+def test_other_pixels_under_the_same_names_are_trained_again(tiny, tmp_path, counted, capsys):
+    "Code that reads images may change: the files stay the same, and what the network sees does not."
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    inverted = Dataset(tiny.index, 255 - tiny.pixels, tiny.source)
+    run_experiment(step_for(tmp_path), inverted, 'x', QUICK)
+    assert counted == [4, 4] and 'changed: images' in capsys.readouterr().out
+
+def test_an_edited_score_is_computed_again(tiny, tmp_path, counted, monkeypatch):
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    monkeypatch.setattr(train, 'choose_threshold', lambda labels, probabilities: .25)
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    assert counted == [4, 4] and read_metrics(tmp_path/'03_train/seed_4/metrics.json')['threshold'] == .25
+
+def test_other_versions_are_named_and_train_nothing(tiny, tmp_path, counted, capsys):
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    file = tmp_path/'03_train/seed_4/recipe.json'
+    recipe = read_json(file)
+    recipe['versions']['torch'] = '1.0'
+    write_json(file, recipe)
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    assert counted == [4] and f'(made with torch 1.0, now {versions()["torch"]})' in capsys.readouterr().out
+
+def test_what_was_put_aside_is_taken_back(tiny, tmp_path, counted):
+    step = step_for(tmp_path)
+    run_experiment(step, tiny, 'x', QUICK, sub='deep/er')
+    put_aside(step.dir)
+    assert not (step.dir/'deep/er/seed_4').exists()
+    results = run_experiment(step, tiny, 'x', QUICK, sub='deep/er')
+    assert counted == [4] and len(results) == 1
+    put_aside(step.dir)
+    run_experiment(step, tiny, 'x', QUICK | dict(lr=1e-3), sub='deep/er')
+    assert counted == [4, 4], 'taken back, and found to be of another recipe'
+
+def test_what_is_older_than_a_fresh_start_is_trained_again_once(tiny, tmp_path, counted):
+    run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    os.utime(tmp_path/'03_train/seed_4/recipe.json', (1, 1))
+    with only_since(2):
+        for _ in range(2): run_experiment(step_for(tmp_path), tiny, 'x', QUICK)
+    assert counted == [4, 4]
 
 def test_histories_of_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match='no seed_./log.csv in'): read_histories(tmp_path)
