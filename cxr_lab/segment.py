@@ -361,6 +361,22 @@ def _pass(network, folder, history, pixels, outlines, check, shown, steps):
 ATTRIBUTION = ('Kermany, Zhang, Goldbaum: Labeled Optical Coherence Tomography and Chest X-Ray Images for Classification, Mendeley Data v2, doi:10.17632/rscbjbr9sj.2, CC BY 4.0; '
                'lung outlines: V7 Labs, COVID-19 X-ray dataset (github.com/v7labs/covid-19-xray-dataset), CC BY 4.0')
 
+# settings of newer versions of Keras that older ones refuse to read; with these values they change nothing
+_AS_BEFORE = dict(input_axes=None, output_axes=None, renorm=False, renorm_clipping=None, renorm_momentum=.99)
+
+def _portable(path):
+    "Leaves out of a .keras file the settings in `_AS_BEFORE`, so that Keras 3.10 opens it, too."
+    def without(config):
+        if isinstance(config, list): return [without(c) for c in config]
+        if not isinstance(config, dict): return config
+        kept = {k: v for k, v in config.items() if k not in _AS_BEFORE or v != _AS_BEFORE[k]}
+        return {k: without(v) for k, v in kept.items()}
+    with zipfile.ZipFile(path) as archive: held = {i: archive.read(i) for i in archive.infolist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for info, content in held.items():
+            if info.filename == 'config.json': content = json.dumps(without(json.loads(content)))
+            archive.writestr(info, content)
+
 def save_unet(
     path: Path,  # *.keras; the card becomes the .json beside it
     network,     # keras.Model, without optimizer
@@ -368,7 +384,9 @@ def save_unet(
 ) -> dict:       # the card with file, SHA-256, size and number of parameters
     "Writes network and card."
     path = Path(path)
-    with atomic_path(path) as temporary: network.save(temporary)
+    with atomic_path(path) as temporary:
+        network.save(temporary)
+        _portable(temporary)
     card = dict(file=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), bytes=path.stat().st_size, parameters=network.count_params(), input=list(network.input_shape[1:]), **card)
     write_json(path.with_suffix('.json'), card)
     return card

@@ -1,5 +1,5 @@
 "Lung segmentation: outlines, agreement, training and its interruption, files that cannot be trusted, plausibility, and that no image is lost."
-import json, re, shutil, subprocess, sys, threading
+import json, re, shutil, subprocess, sys, threading, zipfile
 from pathlib import Path
 
 import cv2
@@ -10,6 +10,7 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import dice as dice_distance, jaccard
 
+import cxr_lab
 from cxr_lab import segment as seg
 from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation, square
 from cxr_lab.kept import changed, code_of, only_since
@@ -318,6 +319,19 @@ def test_nothing_to_train_on_is_said(chests):
 
 
 # Files
+
+@pytest.mark.parametrize('shipped', [True, False])
+def test_older_versions_of_keras_know_every_setting_of_a_saved_network(shipped, tmp_path):
+    path = Path(cxr_lab.__file__).parent/'weights'/'lungs.keras' if shipped else tmp_path/'n.keras'
+    if not shipped: save_unet(path, build_unet(32, (4, 8)), {})
+    with zipfile.ZipFile(path) as archive: layers = json.loads(archive.read('config.json'))['config']['layers']
+    def settings(config):
+        if isinstance(config, list): return set().union(*map(settings, config))
+        return set(config).union(*map(settings, config.values())) if isinstance(config, dict) else set()
+    found = settings(layers)
+    assert {'kernel_initializer', 'momentum', 'seed'} <= found, 'this is not where the settings stand'
+    newer = {'input_axes', 'output_axes', 'renorm', 'renorm_clipping', 'renorm_momentum'}  # than Keras 3.10
+    assert not found & newer
 
 def test_a_saved_network_answers_as_before_and_says_what_it_is(tmp_path):
     network = build_unet(32, (4, 8))
