@@ -136,11 +136,7 @@ def _each(function, items, n):
     here = os.getpid(), os.getcwd()
     with _workers(n) as pool:
         waiting = {pool.submit(_in_worker, function, item, *here): i for i, item in enumerate(items)}
-        try:
-            for future in as_completed(waiting): yield waiting[future], future.result()
-        except BaseException:  # KeyboardInterrupt too: what runs is ended, what waits is not begun
-            pool.shutdown(wait=True, kill_workers=True)
-            raise
+        for future in as_completed(waiting): yield waiting[future], future.result()
 
 def _mapped(a):
     "How a mapped array travels: a whole file of NumPy's is mapped there, too; anything else as its content."
@@ -155,7 +151,12 @@ def _workers(n):
     with warnings.catch_warnings():
         # loky replaces a worker that has grown, and says so: nothing is lost by it
         warnings.filterwarnings('ignore', 'A worker stopped while some jobs were given')
-        with ProcessPoolExecutor(n, job_reducers={np.memmap: _mapped}, env=env) as pool: yield pool
+        with ProcessPoolExecutor(n, job_reducers={np.memmap: _mapped}, env=env) as pool:
+            try: yield pool
+            except BaseException:  # KeyboardInterrupt too: what runs is ended, what waits is not begun
+                pool.shutdown(wait=True, kill_workers=True)
+                raise
+
 
 # %% ../nbs/lab/cores.ipynb #b1a119b3
 def in_threads(

@@ -148,6 +148,24 @@ def test_when_the_process_ends_its_workers_end(tmp_path, number, code):
         wait(lambda: not any(alive(pid) for pid in workers))
     finally: run.kill()
 
+@pytest.mark.skipif(os.name == 'nt', reason='the test sends POSIX signals')
+def test_interrupted_while_jobs_are_still_handed_over_the_workers_end(monkeypatch, tmp_path):
+    submit, handed = module.ProcessPoolExecutor.submit, []
+    def interrupted(pool, *args):
+        handed.append(submit(pool, *args))
+        if len(handed) == 2:
+            wait(lambda: len(list(tmp_path.iterdir())) == 2)
+            signal.raise_signal(signal.SIGINT)
+        return handed[-1]
+    def job(i):
+        (tmp_path/str(os.getpid())).touch()
+        time.sleep(100)
+    monkeypatch.setattr(module.ProcessPoolExecutor, 'submit', interrupted)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt): in_processes(job, range(4), 'sleeping', 2)
+    assert time.monotonic() - begun < 90, 'the jobs were waited for'
+    wait(lambda: not any(alive(int(p.name)) for p in tmp_path.iterdir()))
+
 def alive(pid):
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess: return False
