@@ -140,7 +140,7 @@ STOPS = ('cxr_lab.runs', 'cxr_lab.cores', 'cxr_lab.kept')  # they store, schedul
 _SKIPPED = {'__module__', '__dict__', '__weakref__', '__doc__', '__annotations__', '__annotate__', '__annotate_func__',
             '__annotations_cache__', '__qualname__', '__firstlineno__', '__static_attributes__', '__match_args__',
             '__dataclass_fields__', '__abstractmethods__', '_abc_impl', '__parameters__', '__orig_bases__', '__hash__',
-            '__slots__', '__classdictcell__', '__type_params__'}
+            '__slots__', '__classdictcell__', '__type_params__', '__slotnames__'}  # the last one: pickle's note
 
 def _digest(text) -> str: return hashlib.sha256(text.encode()).hexdigest()[:12]
 

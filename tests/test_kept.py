@@ -1,5 +1,5 @@
 "Which changes make a result another one: every definition and value it uses, and nothing else."
-import ast, functools, importlib.util, json, linecache, os, shutil, subprocess, sys, textwrap, time
+import ast, functools, importlib.util, json, linecache, os, pickle, shutil, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,15 @@ def test_a_file_edited_after_its_import_is_not_taken_for_what_runs(module, tmp_p
     loaded = module('def root(): return 1\n', 'later')
     (tmp_path/'later.py').write_text('def root(): return 2\n')
     assert 'has changed since it was loaded' in code_of(loaded.root)['root']
+
+class Pickled:
+    "Of a test below."
+
+def test_being_pickled_changes_nothing():
+    before = code_of(Pickled)
+    pickle.dumps(Pickled())
+    assert '__slotnames__' in vars(Pickled), 'what pickle notes in a class is not there: this tests nothing'
+    assert code_of(Pickled) == before
 
 def test_recursion_and_cycles_end(module):
     text = 'def even(n): return n == 0 or odd(n - 1)\ndef odd(n): return n != 0 and even(n - 1)\nLOOP = []\nLOOP.append(LOOP)\ndef root(): return even(3), LOOP\n'

@@ -207,7 +207,9 @@ def check_study(folder, *options):
     assert not list(folder.rglob('lightning_logs')) and sorted(p.name for p in folder.iterdir()) == ['runs']
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
     again = cli('run', '--quick', *options, '--resume', cwd=folder)
-    assert again.returncode == 0 and [line.split(': ')[1] for line in again.stderr.splitlines() if f'/{len(STUDY)})' in line] == ['complete'] * len(STUDY), again.stderr
+    said = [line.split(': ')[1] for line in again.stderr.splitlines() if f'/{len(STUDY)})' in line]
+    assert again.returncode == 0 and len(said) == len(STUDY), again.stderr
+    assert all(words.startswith('complete, kept from ') for words in said), again.stderr
     assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.rglob('*') if p.is_file() and p.parent != run}
     table = cli('table', 'runs/default', cwd=folder)
     assert table.returncode == 0 and 'augmented' in table.stdout and 'baseline' in table.stdout

@@ -184,7 +184,7 @@ def test_nothing_is_published_behind_the_back_of_git(checkout, tmp_path):
 def test_without_a_checkout_there_is_nothing_to_quiet(checkout, tmp_path):
     root, *_ = checkout
     shutil.rmtree(root/'.git')
-    env = os.environ | {'PYTHONPATH': str(root)}
+    env = {k: v for k, v in os.environ.items() if k != 'CXR_LAB_LESSONS'} | {'PYTHONPATH': str(root)}
     command = [sys.executable, '-c', 'from cxr_lab.cli import main; main()', 'quiet-git']
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and 'this is no checkout of the lab' in done.stderr
