@@ -44,7 +44,7 @@ def test_run_fails_with_1_and_resumes(nbs):
     assert cli('run', '--nbs', 'nbs', '-p', 'n=3', '--resume').exit_code == 0
 
 @pytest.mark.parametrize('args,part', [
-    (['-p', 'm=1'], "unknown parameter 'm'"), (['-p', 'n=one'], 'expects int'), (['-p', 'n'], 'expected name=value'), (['-p', '=1'], 'expected name=value'), (['07'], 'known: 00_data'),
+    (['-p', 'm=1'], "unknown parameter 'm'"), (['-p', 'n=one'], 'n: expected int, found'), (['-p', 'n'], 'expected name=value'), (['-p', '=1'], 'expected name=value'), (['07'], 'known: 00_data'),
     (['--data', 'no/such/folder'], 'no data set and no folder'), (['--bogus'], 'No such option'), (['-p', '03.n=1'], 'unknown notebook'), (['--nbs', 'none'], 'no notebooks')])
 def test_usage_errors_exit_with_2_and_start_nothing(nbs, args, part):
     result = cli('run', '--nbs', 'nbs', *args)

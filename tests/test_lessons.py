@@ -226,6 +226,16 @@ def test_a_small_study_on_phantoms(tmp_path):
 def test_the_quick_study_on_phantoms(tmp_path): check_study(tmp_path)
 
 @pytest.mark.slow
+def test_forty_one_training_images_are_enough(tmp_path):
+    "They do not fill 32 batches: the smallest batches are taken, as the comment of `batch_size` says."
+    sizes = dict(phantoms=48, image_size=64, epochs=1, seeds=1)
+    done = cli('run', '00', '03', *(part for k, v in sizes.items() for part in ('-p', f'{k}={v}')), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path/'runs'/'default'
+    assert read_metrics(run/'00_data'/'metrics.json')['n_train'] == 41
+    assert read_json(run/'03_train'/'seed_0'/'recipe.json')['batch_size'] == 8
+
+@pytest.mark.slow
 def test_the_study_on_real_images(tmp_path, real_data):
     "One seed of the whole: better than the course with augmentation (accuracy .8542, F1 .8918), and AUROC above .95."
     done = cli('run', *FOUNDATION, '--data', 'kermany', '-p', 'seeds=1', cwd=tmp_path, CXR_LAB_DATA=str(real_data))

@@ -75,8 +75,15 @@ def test_values_are_typed(nbs, name, value, expected):
 @pytest.mark.parametrize('name,value', [('lr', 'fast'), ('lr', 'nan'), ('lr', float('inf')), ('lr', True), ('lr', ''), ('epochs', '2.0'), ('epochs', 2.0), ('epochs', True), ('epochs', None),
                                         ('augment', '1'), ('augment', 1), ('augment', 'yes'), ('data', 5), ('epochs', [1])])
 def test_wrong_types_are_refused(nbs, name, value):
-    with pytest.raises(UsageError, match=f'{name}: 0._.* expects (int|float|bool|str), found'): run(params={name: value})
+    with pytest.raises(UsageError, match=f'0._.*: {name}: expected (int|float|bool|str), found'): run(params={name: value})
     assert not Path('runs').exists() and not ran()
+
+def test_numbers_out_of_range_are_refused(nbs):
+    write_notebook('02_more', f'{RUN_DIR}\nsteps: int = 8  # how many (>= 1)')
+    assert check_parameters(lessons(nbs), {'steps': '1'})['02_more'] == {'steps': 1}
+    for value in ('0', -1):
+        with pytest.raises(UsageError, match=f'02_more: steps: expected int >= 1, found {value!r}'): run(params={'steps': value})
+    assert not Path('runs').exists()
 
 def test_unknown_names_list_the_known_ones_and_nothing_starts(nbs):
     for key in ['epoch', '01_train.data', '00.epochs', 'nbs']:

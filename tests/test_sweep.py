@@ -87,9 +87,9 @@ def test_the_same_under_any_name_is_one_parameter(nbs):
     assert [p.name for p in plan(grid={'train.lr': ['1e-1'], '1.seed': ['0']}, baseline={}).points] == ['01_train.lr=0.1,01_train.seed=0']
 
 def test_mistakes_are_found_before_anything_starts(nbs):
-    for kwargs, message in [(dict(grid={'lrr': ['1']}), "did you mean 'lr'"), (dict(grid={'seed': ['a']}), 'expects int'), (dict(grid={'lr': ['1', '1.0']}), 'asked for twice'), (dict(points=[{'lr': '1'}]), 'in the grid and in the points'),
+    for kwargs, message in [(dict(grid={'lrr': ['1']}), "did you mean 'lr'"), (dict(grid={'seed': ['a']}), 'expected int'), (dict(grid={'lr': ['1', '1.0']}), 'asked for twice'), (dict(points=[{'lr': '1'}]), 'in the grid and in the points'),
                             (dict(notebooks=['07']), 'unknown notebook'), (dict(baseline={'lr': '9'}), 'not one of the values'), (dict(baseline={'factor': '2'}), 'not one of'), (dict(needs={'00': ['01']}), 'comes later'),
-                            (dict(grid={'run_dir': ['x']}), 'run_dir is not set'), (dict(grid={'seed': ['1', True]}), 'expects int')]:
+                            (dict(grid={'run_dir': ['x']}), 'run_dir is not set'), (dict(grid={'seed': ['1', True]}), 'expected int')]:
         with pytest.raises(UsageError, match=message): plan(**kwargs)
 
 

@@ -1,5 +1,6 @@
 "Training that can be repeated to the byte and continued where it stopped."
 import copy, os, re, signal, warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from cxr_lab.kept import only_since, put_aside
 from cxr_lab.model import SmallCNN, load_model
 from cxr_lab.runs import Step, read_json, read_metrics, read_predictions, versions, write_json
 from cxr_lab.scores import METRICS, choose_threshold, intervals, score
-from cxr_lab.train import (Experiment, Pixels, Training, default_precision, fit, kept_epoch, make_loader, predict,
+from cxr_lab.train import (Experiment, Pixels, Training, default_precision, fit, images_per_step, kept_epoch, make_loader, predict,
                            read_histories, run_experiment, run_experiments, test_table as tabulate)
 
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning:torch', 'ignore::UserWarning:pytorch_lightning')
@@ -43,6 +44,12 @@ def test_loader_shuffles_by_seed_and_epoch(tiny):
     assert sorted(a) == sorted(b) == list(range(120)) and a != b and order(make_loader(tiny, 'train', 32, shuffle_seed=1), 1) == b != order(make_loader(tiny, 'train', 32, shuffle_seed=2), 1)
     assert [len(y) for _, y in loader] == [32, 32, 32]
     with pytest.raises(ValueError, match='batch_size=121: there are only 120 training images'): make_loader(tiny, 'train', 121, shuffle_seed=0)
+
+@pytest.mark.parametrize('images, most, size', [
+    (41, 64, 8), (41, 6, 6), (255, 64, 8), (256, 64, 8), (640, 64, 20), (2048, 64, 64), (5000, 64, 64)])
+def test_few_images_make_small_batches(images, most, size):
+    data = SimpleNamespace(rows=lambda split: np.arange(images if split == 'train' else 1))
+    assert images_per_step(data, most) == size
 
 def test_pixels_come_as_they_are(tiny, tmp_path):
     np.save(tmp_path/'p.npy', tiny.pixels)
