@@ -1,5 +1,5 @@
 "Running notebooks into a run folder: checks before the start, failures that say where, resuming."
-import json, os, pickle, re
+import json, os, pickle, re, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -279,7 +279,30 @@ def test_linked_step_folder_is_unlinked_not_emptied(nbs):
     assert Path('shared/result').exists() and not Path('runs/r/00_data').is_symlink() and ran() == ['data 0']
 
 
-# Imports that a sweep does beforehand
+# Warm kernels
+
+EARLY = "import sys\nearly = 'pandas' in sys.modules\nimport pandas\n" + LOG + "log.open('a').write(f'{early}\\n')"
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='kernels are forked on Linux only')
+def test_several_notebooks_share_their_imports(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4): write_notebook(f'0{i}_n', f"{RUN_DIR}\nseed: int = 0", EARLY)
+    def apart(**kwargs):  # this process may have loaded something else beforehand
+        code = f"from cxr_lab.pipeline import run_pipeline; run_pipeline(**{dict(nbs='nbs', run_dir='runs/r') | kwargs})"
+        env = os.environ | {'PYTHONPATH': str(Path(pipeline.__file__).parent.parent)}
+        subprocess.run([sys.executable, '-c', code], env=env, check=True, capture_output=True)
+    apart()
+    assert ran() == ['False', 'True', 'True', 'True'], 'the first starts while the imports are loaded'
+    apart(notebooks=['00', '01'])
+    assert ran() == ['False', 'False'], 'two are too few'
+    monkeypatch.setattr(pipeline, '_warm', lambda *a: pytest.fail('nothing is going to run'))
+    run(resume=True, notebooks=['00', '01'])
+    assert ran() == []
+
+def test_notebooks_that_import_nothing_heavy_need_no_warm_kernel(nbs):
+    write_notebook('02_more', RUN_DIR, 'import json')
+    run()
+    assert pipeline._warm([nbs/'00_data.ipynb', nbs/'02_more.ipynb'], nbs) is None
 
 def test_modules_to_import_beforehand(nbs):
     write_notebook('02_more', RUN_DIR, 'import torch.nn as n, json, tensorflow\nfrom cxr_lab.data import fetch\nfrom . import x', '%matplotlib inline\nimport pandas', 'def (')
