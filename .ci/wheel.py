@@ -12,6 +12,8 @@ with ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
     assert set(held) == {f'cxr_lab/notebooks/{path.name}' for path in lessons}, f'the wheel holds {sorted(held)}'
     for name, text in held.items():
         assert not any(cell.get('outputs') for cell in json.loads(text)['cells']), f'{name} has outputs'
+    templates = {f'cxr_lab/templates/{path.name}' for path in Path('cxr_lab/templates').iterdir()}
+    assert templates <= set(archive.namelist()), 'the wheel lacks cxr_lab/templates'
     assert not [name for name in archive.namelist() if name.split('/')[0] in ('tests', 'benchmarks', 'nbs')], 'the wheel holds more than the package'
     archive.extractall(folder)
     modules = [name[:-3].replace('/', '.') for name in archive.namelist() if name.startswith('cxr_lab/') and name.endswith('.py') and not name.endswith('_modidx.py')]

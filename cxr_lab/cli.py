@@ -75,6 +75,7 @@ def run(
         results = read_json(folder/'results.json')
         if results['rows']: typer.echo(results_markdown(results) + '\n')
         typer.echo(f'results: {(folder/"results.json").as_posix()}')
+        typer.echo(f'open {(folder/"index.html").as_posix()}')
 
 # %% ../nbs/lab/cli.ipynb #246542a1
 @app.command('lessons')

@@ -33,7 +33,8 @@ def nbs(tmp_path, monkeypatch):
 
 def test_run_succeeds(nbs):
     result = cli('run', '--nbs', 'nbs', '-p', 'name=a=b=', '-p', '00_data.n=2', '--run-dir', 'runs/ü')
-    assert result.exit_code == 0 and result.stdout == 'results: runs/ü/results.json\n'
+    assert result.exit_code == 0 and result.stdout == 'results: runs/ü/results.json\nopen runs/ü/index.html\n'
+    assert Path('runs/ü/index.html').is_file()
     assert read_json('runs/ü/00_data/status.json')['parameters'] == {'data': 'phantom', 'name': 'a=b=', 'n': 2}
 
 def test_run_fails_with_1_and_resumes(nbs):

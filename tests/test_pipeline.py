@@ -140,7 +140,7 @@ def test_success_unicode_environment_and_layout(nbs, monkeypatch, capfd):
     seen = json.loads(Path('seen.json').read_text())
     assert seen == dict(name=name, run_dir='runs/ü {r}', exe=sys.executable, cwd=os.getcwd(), progress='0', lab=cxr_lab.__file__)
     step = Path('runs/ü {r}/00_data')
-    assert sorted(p.name for p in step.iterdir()) == ['00_data.ipynb', 'status.json']
+    assert sorted(p.name for p in step.iterdir()) == ['00_data.html', '00_data.ipynb', 'status.json']
     status = read_json(step/'status.json')
     assert status['parameters'] == {'name': name} and status['upstream'] == {} and status['seconds'] > 0
     cells = nbformat.read(step/'00_data.ipynb', 4).cells
@@ -170,7 +170,8 @@ def test_resume(nbs, capfd):
     assert '00_data ran again' in capfd.readouterr().err
     Path('runs/r/01_train/old.txt').touch()
     run(notebooks=['01']); assert ran() == ['train 0.001 8 0'] and not Path('runs/r/01_train/old.txt').exists()  # no resume: from scratch
-    assert files() == ['00_data/00_data.ipynb', '00_data/status.json', '01_train/01_train.ipynb', '01_train/status.json', 'pipeline.json', 'results.json']
+    assert files() == ['00_data/00_data.html', '00_data/00_data.ipynb', '00_data/status.json', '01_train/01_train.html',
+                       '01_train/01_train.ipynb', '01_train/status.json', 'index.html', 'pipeline.json', 'results.json']
 
 def why(path, run='runs/r'): return pipeline._why_run(Path(run), path.stem, pipeline._key(path, {}))
 
@@ -227,7 +228,7 @@ def test_trainings_outlive_other_code_and_a_fresh_start_makes_all_again(nbs, cap
     write_notebook('02_trains', RUN_DIR, TRAINED, 'title = 2')
     run(notebooks=['02'], resume=True); assert ran() == []  # executed again, and what it had trained is kept
     assert 'its code changed: cells' in capfd.readouterr().err
-    assert sorted(p.name for p in step.iterdir()) == ['02_trains.ipynb', 'seed_0', 'status.json'], 'and nothing that this execution did not ask for'
+    assert sorted(p.name for p in step.iterdir()) == ['02_trains.html', '02_trains.ipynb', 'seed_0', 'status.json'], 'and nothing that this execution did not ask for'
     run(notebooks=['02']); assert ran() == []
     for file in (step/'seed_0/recipe.json', step/'status.json'): os.utime(file, (1e9, 1e9))
     write_notebook('02_trains', RUN_DIR, TRAINED, 'raise ValueError')
@@ -248,11 +249,12 @@ def test_failure_says_where_and_resume_continues_there(nbs):
     assert (f.notebook, f.cell, f.line, f.error) == ('02_fails', 5, "(step/'checkpoint').open('a').write('x')", 'ValueError: no ümlaut')
     assert f.partial == 'runs/r/02_fails/02_fails.partial.ipynb' and Path(f.partial).exists()
     assert 'failed in cell [5]' in str(f) and f.partial in str(f) and ran() == []
-    assert files() == ['02_fails/02_fails.partial.ipynb', '02_fails/checkpoint', '02_fails/started.json', 'pipeline.json']
+    assert files() == ['02_fails/02_fails.partial.ipynb', '02_fails/checkpoint', '02_fails/started.json', 'index.html', 'pipeline.json']
     Path('mended').touch()
     run(notebooks=['02'], resume=True)
     assert ran() == ['end'] and Path('runs/r/02_fails/checkpoint').read_text() == 'xx'  # the folder was kept
-    assert files() == ['02_fails/02_fails.ipynb', '02_fails/checkpoint', '02_fails/status.json', 'pipeline.json', 'results.json']
+    assert files() == ['02_fails/02_fails.html', '02_fails/02_fails.ipynb', '02_fails/checkpoint', '02_fails/status.json',
+                       'index.html', 'pipeline.json', 'results.json']
 
 def test_an_incomplete_step_with_other_parameters_starts_from_scratch(nbs):
     key = pipeline._key(nbs/'01_train.ipynb', {'lr': .5})
