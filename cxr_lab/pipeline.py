@@ -170,18 +170,26 @@ class NotebookFailed(RuntimeError):
         self.notebook, self.cell, self.line, self.error, self.partial = notebook, cell, line, error, partial
 
     def __str__(self):
-        where = 'before its first cell' if self.cell is None else f'in cell [{self.cell}] `{self.line}`'
+        where = 'before its first cell' if self.cell is None else _place(self.cell, self.line)
         return f'{self.notebook} failed {where}\n  {self.error}\n  partial notebook: {self.partial}'
 
 # %% ../nbs/lab/pipeline.ipynb #fa6d278a
 def _last_started(partial):
-    "Number and first line of the cell that a partial notebook stopped in."
+    "Number of the cell that a partial notebook stopped in, and the line that names it."
     try: cells = nbformat.read(partial, 4).cells
     except (OSError, ValueError, AttributeError, nbformat.ValidationError): return None, ''
-    run = [c for c in cells if c.cell_type == 'code' and c.metadata.get('papermill', {}).get('start_time') and c.source.strip()]
-    return (len(run), _first_line(run[-1].source)) if run else (None, '')
+    run = [i for i, c in enumerate(cells) if c.cell_type == 'code' and c.source.strip()
+           and c.metadata.get('papermill', {}).get('start_time')]
+    return (len(run), _named_by(cells, run[-1])) if run else (None, '')
 
-def _first_line(source): return next((line.strip() for line in source.splitlines() if line.strip()), '')
+def _named_by(cells, i):
+    "The first line of code of cell i; of a cell without code, the heading above it, or ''."
+    code = (line.strip() for line in cells[i].source.splitlines())
+    if first := next((line for line in code if line and not line.startswith('#')), ''): return first
+    above = '\n'.join(c.source for c in cells[:i] if c.cell_type == 'markdown')
+    return (re.findall(r'^#+ .+$', above, re.M) or [''])[-1]
+
+def _place(cell, line): return f'in cell [{cell}]' + (f' `{line}`' if line else '')
 
 def _execute(path, partial, params, bar, manager=None):
     "Runs one notebook through papermill into `partial`; `NotebookFailed` says where it stopped."
@@ -355,7 +363,7 @@ def _run_step(path, run, run_dir, params, resume, title, say=_say, manager=None,
     try: _execute(path, partial, {'run_dir': run_dir} | params, dict(desc=title, file=sys.stderr) if shown else False, manager)
     except KeyboardInterrupt:
         cell, line = _last_started(partial)
-        where = '' if cell is None else f' in cell [{cell}] `{line}`'
+        where = '' if cell is None else f' {_place(cell, line)}'
         raise KeyboardInterrupt(f'{stem} was interrupted{where}\n  partial notebook: {partial.as_posix()}\n'
                                 '  --resume continues from there') from None
     seconds = time.perf_counter() - begin

@@ -26,7 +26,7 @@ def nbs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path('nbs').mkdir()
     cells = [nbformat.v4.new_code_cell("run_dir: str = 'runs/default'\ndata: str = 'phantom'\nname: str = 'x'\nn: int = 1", metadata={'tags': ['parameters']}),
-             nbformat.v4.new_code_cell("import os, signal, time\nif name == 'stop': os.kill(os.getppid(), signal.SIGINT); time.sleep(3600)"),
+             nbformat.v4.new_code_cell("#| fig-alt: 'none'\n# wait\nimport os, signal, time\nif name == 'stop': os.kill(os.getppid(), signal.SIGINT); time.sleep(3600)"),
              nbformat.v4.new_code_cell("print(name)\n1/n")]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), 'nbs/00_data.ipynb')
 

@@ -256,6 +256,22 @@ def test_failure_says_where_and_resume_continues_there(nbs):
     assert files() == ['02_fails/02_fails.html', '02_fails/02_fails.ipynb', '02_fails/checkpoint', '02_fails/status.json',
                        'index.html', 'pipeline.json', 'results.json']
 
+def test_a_cell_is_named_by_its_first_line_of_code_or_the_heading_above(nbs):
+    "Not by options of a cell, nor by a comment."
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+    def stopped(*cells):
+        for cell in cells:
+            if cell.cell_type == 'code': cell.metadata['papermill'] = {'start_time': 'then'}
+        nbformat.write(new_notebook(cells=list(cells)), 'partial.ipynb')
+        return pipeline._last_started('partial.ipynb')
+    first, second = new_markdown_cell('# T\n> s\n## First\ntext'), new_markdown_cell('no heading')
+    assert stopped(first, new_code_cell('#| export\n#| fig-alt: "x"\n\n# why\n  f(1)\ng()')) == (1, 'f(1)')
+    assert stopped(first, new_code_cell('a'), second, new_code_cell('#| hide\n# soon'), new_markdown_cell('## Later')) == (2, '## First')
+    assert stopped(new_code_cell('# soon')) == (1, '')
+    assert str(NotebookFailed('02_x', 1, '', 'E', 'p')).startswith('02_x failed in cell [1]\n')
+    write_notebook('02_fails', RUN_DIR, '#| fig-alt: "x"\n# why\nraise ValueError(1)')
+    with pytest.raises(NotebookFailed, match=r'in cell \[3\] `raise ValueError\(1\)`'): run(notebooks=['02'])
+
 def test_an_incomplete_step_with_other_parameters_starts_from_scratch(nbs):
     key = pipeline._key(nbs/'01_train.ipynb', {'lr': .5})
     write_json('runs/r/01_train/started.json', key | {'upstream': {}})
