@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'QUICK', 'WORTH_FORKING', 'UsageError', 'notebooks_dir', 
            'run_pipeline']
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
-import json, logging, math, os, re, sys, time, uuid
+import json, logging, math, os, re, sys, threading, time, uuid
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -21,7 +21,7 @@ from .kept import ASIDE, CELLS, changed, code_of_cells, few, is_kept, kept_from,
 from .knobs import Knob, did_you_mean, list_knobs, read_knobs
 from .overview import write_overview
 from .report import result_code, write_results
-from .runs import _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, versions, write_json
+from .runs import PROGRESS, _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, versions, write_json
 
 # %% ../nbs/lab/pipeline.ipynb #513dc50b
 class UsageError(ValueError):
@@ -191,6 +191,39 @@ def _named_by(cells, i):
 
 def _place(cell, line): return f'in cell [{cell}]' + (f' `{line}`' if line else '')
 
+def _how_far(folder, since):
+    "What the trainings below a folder have written since then: 'epoch 3/12, 820 images/s', or ''."
+    files = (p for p in folder.rglob(PROGRESS.as_posix()) if p.stat().st_mtime >= since)
+    try: found = [read_json(p) for p in sorted(files)]
+    except FileNotFoundError: return ''  # one has just ended
+    if not found: return ''
+    epochs = ' '.join(f'{f["epoch"]}/{f["epochs"]}' for f in found)
+    return f'epoch {epochs}, {sum(f["images_per_second"] for f in found):.0f} images/s'
+
+@contextmanager
+def _followed(bar, folder, every=1.):
+    "Once a second the bar tells the time, and how far the trainings below a folder are."
+    end, since = threading.Event(), time.time()
+    def follow():
+        while not end.wait(every): bar.set_postfix_str(_how_far(folder, since))
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try: yield
+    finally:
+        end.set()
+        thread.join()
+
+def _live_engine():
+    "The name of a papermill engine whose bar moves inside a cell, too."
+    from papermill.engines import NBClientEngine, papermill_engines
+    class Live(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+            with _followed(nb_man.pbar, Path(nb_man.output_path).parent):
+                return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+    papermill_engines.register('live', Live)
+    return 'live'
+
 def _execute(path, partial, params, bar, manager=None):
     "Runs one notebook through papermill into `partial`; `NotebookFailed` says where it stopped."
     import papermill
@@ -199,6 +232,7 @@ def _execute(path, partial, params, bar, manager=None):
     try:
         with _quiet_papermill():
             nb = papermill.execute_notebook(escaped(path), escaped(partial), params, kernel_name='python3', language='python',
+                                            engine_name=_live_engine() if bar else None,
                                             progress_bar=bar, start_timeout=120, iopub_timeout=60, kernel_manager_class=manager or _kernel_manager(lessons_of(path.parent)))
     except papermill.PapermillExecutionError as e: raise failed(f'{e.ename}: {e.evalue}') from e
     except Exception as e: raise failed(f'{type(e).__name__}: {e}') from e  # a dead kernel, a full disk

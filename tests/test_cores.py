@@ -1,5 +1,5 @@
 "One process per core, one thread in each: order, equality, errors, interruption, and nobody left behind."
-import os, signal, subprocess, sys, threading, time
+import os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 from cxr_lab import cores as module
 from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, in_threads, one_thread
 
+REPO = Path(module.__file__).parent.parent
 
 def whose(item): return os.getpid(), item
 
@@ -105,6 +106,23 @@ def test_the_bar_moves_while_jobs_run(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'progress', recorded)
     in_processes(lambda i: time.sleep(2.5), range(2), 'sleeping', 2, done=lambda i: .25)
     assert .5 in seen and seen[-1] == 2, 'two jobs, each a quarter done'
+
+IN_A_CELL = '''import time
+from cxr_lab.cores import in_processes
+begun = time.time()
+in_processes(lambda i: time.sleep(4), range(2), 'training', 2, done=lambda i: min(.75, (time.time() - begun) / 8));'''
+
+def test_in_jupyterlab_the_bar_moves_while_worker_processes_are_busy(monkeypatch):
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+    monkeypatch.delenv('CXR_LAB_PROGRESS')
+    monkeypatch.setenv('JPY_SESSION_NAME', 'x.ipynb')  # as JupyterLab tells its kernels
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, [str(REPO), os.environ.get('PYTHONPATH')])))
+    nb = new_notebook(cells=[new_code_cell(IN_A_CELL)])
+    NotebookClient(nb, kernel_name='python3', timeout=120).execute()
+    said = ''.join(o.text for o in nb.cells[0].outputs if o.get('name') == 'stdout')
+    shares = [int(share) for share in re.findall(r'training: +(\d+)%', said)]
+    assert shares[0] == 0 and shares[-1] == 100 and len(set(shares)) > 3, said
 
 def test_jobs_run_in_the_folder_of_the_caller(tmp_path, monkeypatch):
     in_processes(whose, range(2), 'the workers start here', 2)

@@ -1,5 +1,5 @@
 "Running notebooks into a run folder: checks before the start, failures that say where, resuming."
-import json, os, pickle, re, subprocess, sys
+import io, json, os, pickle, re, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -134,7 +134,7 @@ def test_success_unicode_environment_and_layout(nbs, monkeypatch, capfd):
     write_notebook('00_data', f"{RUN_DIR}\nname: str = 'x'", "import json, os, sys, cxr_lab\nfrom pathlib import Path\nfrom tqdm import tqdm\nfrom cxr_lab.runs import progress\n"
                    "for i in progress(range(3), 'x'): pass\n"
                    "size = Path('seen.json').write_text(json.dumps(dict(name=name, run_dir=run_dir, exe=sys.executable, cwd=os.getcwd(), progress=os.environ['CXR_LAB_PROGRESS'], lab=cxr_lab.__file__)))")
-    import cxr_lab, sys
+    import cxr_lab
     name = 'a=b, "ü" {x} \\ \'肺\n'
     assert run(notebooks='data', run_dir='runs/ü {r}', params={'name': name}) == Path('runs/ü {r}')
     seen = json.loads(Path('seen.json').read_text())
@@ -285,6 +285,43 @@ def test_an_incomplete_step_with_other_parameters_starts_from_scratch(nbs):
 def test_a_dead_kernel_is_a_failure(nbs):
     write_notebook('02_dies', RUN_DIR, 'import os', 'os._exit(1)', 'print(1)')
     with pytest.raises(NotebookFailed, match=r'02_dies failed in cell \[4\] `os._exit\(1\)`\n  DeadKernelError'): run(notebooks=['02'])
+
+def write_progress(folder, epoch, speed):
+    state = {'share': epoch / 4, 'epoch': epoch, 'epochs': 4, 'images_per_second': speed}
+    write_json(Path(folder)/'checkpoints'/'progress.json', state)
+
+def test_how_far_trainings_are(tmp_path):
+    assert pipeline._how_far(tmp_path, 0) == ''
+    write_progress(tmp_path/'seed_0', 1, 400.2)
+    assert pipeline._how_far(tmp_path, 0) == 'epoch 1/4, 400 images/s'
+    write_progress(tmp_path/'rotated/seed_1', 3, 20.4)
+    assert pipeline._how_far(tmp_path, 0) == 'epoch 3/4 1/4, 421 images/s'
+    os.utime(tmp_path/'seed_0/checkpoints/progress.json', (1e9, 1e9))
+    assert pipeline._how_far(tmp_path, 1.1e9) == 'epoch 3/4, 20 images/s', 'one that was interrupted before has not gone on yet'
+
+TRAINS = '''import json, pathlib, time
+folder = pathlib.Path(run_dir, '02_trains', 'seed_0', 'checkpoints')
+folder.mkdir(parents=True)
+state = dict(share=.25, epoch=1, epochs=4, images_per_second=321.)
+for epoch in (1, 2):
+    (folder/'new.json').write_text(json.dumps(state | dict(epoch=epoch)))
+    (folder/'new.json').replace(folder/'progress.json')
+    time.sleep(2.5)'''
+
+def test_the_bar_moves_while_a_cell_trains(nbs, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    write_notebook('02_trains', RUN_DIR, TRAINS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stderr', terminal := Terminal())
+        run(notebooks=['02'])
+    said = terminal.getvalue()
+    assert '02_trains (1/1): ' in said and 'done in' not in said
+    assert 'epoch 1/4, 321 images/s' in said and 'epoch 2/4, 321 images/s' in said
+    assert len(said.split('\r')) > 6, 'the clock goes on, too'
+    Path('runs/r/02_trains/seed_0/checkpoints/progress.json').unlink()
+    run(notebooks=['02'])
+    assert re.fullmatch(r'02_trains \(1/1\): done in \d+ s\n', capsys.readouterr().err), 'one line where nobody watches'
 
 def test_leaving_early_is_a_failure(nbs):
     write_notebook('02_leaves', RUN_DIR, 'import sys\nsys.exit()', 'print(1)')

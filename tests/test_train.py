@@ -1,5 +1,5 @@
 "Training that can be repeated to the byte and continued where it stopped."
-import copy, os, re, signal, warnings
+import copy, os, re, signal, time, warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +15,7 @@ from cxr_lab.augment import Augment
 from cxr_lab.data import Dataset
 from cxr_lab.kept import only_since, put_aside
 from cxr_lab.model import SmallCNN, load_model
-from cxr_lab.runs import Step, read_json, read_metrics, read_predictions, versions, write_json
+from cxr_lab.runs import PROGRESS, Step, read_json, read_metrics, read_predictions, versions, write_json
 from cxr_lab.scores import METRICS, choose_threshold, intervals, score
 from cxr_lab.train import (Experiment, Pixels, Training, default_precision, fit, images_per_step, kept_epoch, make_loader, predict,
                            read_histories, run_experiment, run_experiments, test_table as tabulate)
@@ -408,13 +408,19 @@ def test_one_failure_leaves_the_others_as_they_are(tiny, tmp_path):
     assert not (tmp_path/'03_train/bad/seed_4/metrics.json').exists()
 
 def test_how_far_a_training_is_can_be_read_from_its_folder(tiny, tmp_path):
-    seen = []
+    seen, begun = [], {}  # begun: share -> when the first batch was shown
     training = Training(step_for(tmp_path), Experiment('x', tiny), 4, SETTINGS | dict(model='small', epochs=2), {}, {}, {})
     class Look(torch.nn.Module):
-        def forward(self, x): seen.append(training.share()); return x
+        def forward(self, x):
+            begun.setdefault(training.share(), time.perf_counter())
+            if training.share(): seen.append(read_json(training.folder/PROGRESS))
+            return x
     assert training.share() == 0
     run_experiments(step_for(tmp_path), [Experiment('x', tiny, Look())], QUICK | dict(epochs=2))
-    assert set(seen) == {0, .5}
+    assert set(begun) == {0, .5} and not (training.folder/PROGRESS).exists()
+    assert (seen[0]['epoch'], seen[0]['epochs']) == (1, 2)
+    took, images = begun[.5] - begun[0], len(tiny.rows('train'))
+    assert .3 * took < images / seen[0]['images_per_second'] < 3 * took
 
 @pytest.mark.parametrize('has, accelerator, expected', [
     ({}, 'cpu', '32-true'), ({'avx512_f': True}, 'cpu', '32-true'), ({'avx512_bf16': True}, 'cpu', 'bf16-mixed'),
