@@ -14,16 +14,16 @@ SHOW = 'from cxr_lab.data import MAX_PIXELS; print(MAX_PIXELS)'
 FOLLOWS = '00_data was edited: cxr_lab.data follows it\n'
 
 
+def copy_checkout(repo, folder):
+    "A checkout in an empty folder that has been used once: the record is written."
+    hidden = shutil.ignore_patterns('__pycache__', '.*')
+    for name in ('settings.ini', 'nbs', 'cxr_lab'):
+        if (repo/name).is_file(): shutil.copy2(repo/name, folder)
+        else: shutil.copytree(repo/name, folder/name, ignore=hidden)
+    assert follow(lessons_at(folder)) == ([], []), 'the modules of this checkout are out of step'
+
 @pytest.fixture(scope='module')
-def fresh(once, repo):
-    "A checkout that has been used once: the record is written."
-    def make(folder):
-        names = 'settings.ini', 'nbs', 'cxr_lab'
-        for name in names:
-            if (repo/name).is_file(): shutil.copy2(repo/name, folder)
-            else: shutil.copytree(repo/name, folder/name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
-        assert follow(lessons_at(folder)) == ([], []), 'the modules of this checkout are out of step'
-    return once('checkout', make)
+def fresh(once, repo): return once('checkout', lambda folder: copy_checkout(repo, folder))
 
 @pytest.fixture
 def checkout(fresh, tmp_path):
@@ -43,17 +43,18 @@ def python(code, folder, package, *args, **env):
     assert process.returncode == 0, err
     return out, err
 
-def cli(folder, package, *args):
+def cli(folder, package, *args, **env):
     "`cxr-lab` as a process: exit code and stderr."
-    process = start('from cxr_lab.cli import main; main()', folder, package, *args)
+    process = start('from cxr_lab.cli import main; main()', folder, package, *args, **env)
     _, err = process.communicate(timeout=600)
     return process.returncode, err
 
 def edit(notebook, old, new):
-    "Changes a text that stands once in the cells of a notebook, and saves it."
+    "Changes a text that stands once in the code of a notebook, and saves it."
     content = json.loads(notebook.read_text(encoding='utf-8'))
-    found = [c for c in content['cells'] if old in ''.join(c['source'])]
-    assert len(found) == 1, f'{len(found)} cells of {notebook.name} hold {old!r}'
+    code = [c for c in content['cells'] if c['cell_type'] == 'code']
+    found = [c for c in code for _ in range(''.join(c['source']).count(old))]
+    assert len(found) == 1, f'{old!r} stands {len(found)} times in {notebook.name}'
     found[0]['source'] = ''.join(found[0]['source']).replace(old, new)
     notebook.write_text(json.dumps(content), encoding='utf-8')
 
