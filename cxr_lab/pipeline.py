@@ -8,9 +8,9 @@ __all__ = ['DATASETS', 'QUICK', 'WORTH_FORKING', 'UsageError', 'notebooks_dir', 
            'run_pipeline']
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
-import json, logging, math, os, re, sys, threading, time, uuid
+import ast, json, logging, math, os, re, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import nbformat
@@ -151,14 +151,19 @@ def _plan(notebooks, data=None, params=None, quick=False, before=None):
     return plan
 
 # %% ../nbs/lab/pipeline.ipynb #976d54ca
+def _kernel_env(lessons):
+    "What lets a child of this process use this cxr_lab with some lessons."
+    env, source = for_children(lessons), PACKAGE.resolve().parent
+    if not _is_checkout(source): return env
+    places = str(source), os.environ.get('PYTHONPATH')
+    return env | {'PYTHONPATH': os.pathsep.join(filter(None, places))}
+
 def _kernel_manager(lessons=None):
     "A kernel manager class that starts this interpreter, with this cxr_lab and these lessons, and no progress bars."
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
-    env = {'CXR_LAB_PROGRESS': '0'} | for_children(lessons or lessons_in_use())
-    source = PACKAGE.resolve().parent
-    if _is_checkout(source): env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(source), os.environ.get('PYTHONPATH')]))
+    env = {'CXR_LAB_PROGRESS': '0'} | _kernel_env(lessons or lessons_in_use())
     spec = KernelSpec(resource_dir=str(RESOURCES), **get_kernel_dict(extra_arguments=['--log-level=CRITICAL']) | {'env': env})
     class ThisPython(AsyncKernelManager): kernel_spec = spec
     return ThisPython
@@ -240,6 +245,19 @@ def _execute(path, partial, params, bar, manager=None):
         raise failed('SystemExit: the notebook left before its end')  # papermill takes sys.exit(0) for success
 
 # %% ../nbs/lab/pipeline.ipynb #174329f1
+_ASK = '''import json, sys
+from cxr_lab.kept import code_of_cells
+code, words = code_of_cells(json.load(sys.stdin))
+print(json.dumps([code, sorted(words)]))'''
+
+@cache
+def _code_with(lessons, cells, states):  # states of its modules: one answer for each
+    "`code_of_cells` in a process that has the modules of other lessons, as their kernels have."
+    asked = subprocess.run([sys.executable, '-c', _ASK], input=json.dumps(cells), check=True,
+                           text=True, stdout=subprocess.PIPE, env=os.environ | _kernel_env(lessons))
+    code, words = json.loads(asked.stdout.splitlines()[-1])
+    return code, set(words)
+
 def notebook_code(
     path: str | os.PathLike,  # a notebook
 ) -> tuple[dict, set]:        # see code_of_cells
@@ -247,7 +265,13 @@ def notebook_code(
     from IPython.core.inputtransformer2 import TransformerManager
     nb = nbformat.read(path, 4)
     nb.cells = [c for c in nb.cells if 'parameters' not in c.metadata.get('tags', [])]  # their values are compared
-    return code_of_cells([TransformerManager().transform_cell(c) for c in result_code(nb)])
+    cells = [TransformerManager().transform_cell(c) for c in result_code(nb)]
+    lessons = lessons_of(Path(path).parent)
+    if lessons in (None, lessons_in_use()): return code_of_cells(cells)
+    ast.parse('\n'.join(cells))  # a `SyntaxError` is for the caller
+    modules = sorted(lessons.modules.glob('*.py'))
+    states = tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in modules)
+    return _code_with(lessons, tuple(cells), states)
 
 def _code(path):
     try: return notebook_code(path)[0]

@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 from cxr_lab import edits
 from cxr_lab.cli import app
 from cxr_lab.edits import follow, lessons_at, lessons_of
+from cxr_lab.kept import changed
+from cxr_lab.pipeline import notebook_code
 from cxr_lab.runs import read_metrics
 
 SHOW = 'from cxr_lab.data import MAX_PIXELS; print(MAX_PIXELS)'
@@ -229,6 +231,17 @@ def test_a_run_says_whose_lessons_run_where_that_is_a_question(installed, tmp_pa
     for folder, options in ((tmp_path/'mine', []), (tmp_path, ['--nbs', 'mine'])):
         code, err = cli(folder, installed, 'run', '-p', 'unknown=1', *options)
         assert code == 2 and err.startswith("cxr-lab: unknown parameter 'unknown'"), err
+
+def test_of_other_lessons_the_code_is_theirs(checkout, repo):
+    "`--resume` asks for the modules that the kernels get, not for those of this process."
+    explore = checkout/'nbs/01_explore.ipynb'
+    ours, before = notebook_code(repo/'nbs/01_explore.ipynb'), notebook_code(explore)
+    assert before == ours, 'a copy has the same code'
+    edit(checkout/'nbs/00_data.ipynb', "CLASSES = ('NORMAL', 'PNEUMONIA')",
+         "CLASSES = ('NORMAL', 'OPACITY')")
+    assert follow(lessons_at(checkout)).broken == []
+    assert changed(before[0], notebook_code(explore)[0]) == ['CLASSES[1]', '_MEMBER']
+    assert notebook_code(repo/'nbs/01_explore.ipynb') == ours
 
 
 # The whole way
