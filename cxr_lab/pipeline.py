@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'QUICK', 'WORTH_FORKING', 'UsageError', 'notebooks_dir', 
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
 import ast, json, logging, math, os, re, subprocess, sys, threading, time, uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
@@ -19,7 +20,7 @@ from filelock import FileLock, Timeout
 from .edits import PACKAGE, follow, for_children, lessons_in_use, lessons_of
 from .kept import ASIDE, CELLS, changed, code_of_cells, few, is_kept, kept_from, only_since, put_aside
 from .knobs import Knob, did_you_mean, list_knobs, read_knobs
-from .overview import write_overview
+from .overview import render_lesson, write_overview
 from .report import result_code, write_results
 from .runs import PROGRESS, _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir, update_json, versions, write_json
 
@@ -390,14 +391,14 @@ def run_pipeline(
         update_json(memory, lambda d: d.update(plan | {'fresh_since': since}))
         results = None
         try:
-            with only_since(since):
+            with only_since(since), ThreadPoolExecutor(1) as behind:  # a lesson is rendered while the next one runs
                 todo = [p for p in selected if not resume or _why_run(run, p.stem, _key(p, plan[p.stem]))]
                 forked = _warm(todo, run) if len(todo) >= WORTH_FORKING else None
                 for i, path in enumerate(selected, 1):
                     manager = None if path in todo[:1] else forked  # the first starts while the others' imports are loaded
                     title = f'{path.stem} ({i}/{len(selected)})'
                     _run_step(path, run, Path(run_dir).as_posix(), plan[path.stem], resume, title, manager=manager)
-                    write_overview(run, lessons(nbs))
+                    behind.submit(render_lesson, run/path.stem/f'{path.stem}.ipynb')
             results = read_json(write_results(run))
         finally: write_overview(run, lessons(nbs), results)
     return run
