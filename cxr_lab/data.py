@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'CLASSES', 'FOLDERS', 'MAX_PIXELS', 'FORMATS', 'ASPECTS', 'MAX_BYTES', 'INDEX_COLUMNS', 'COLORS',
-           'cache_dir', 'resume_download', 'unpack_images', 'fetch', 'Source', 'find_data', 'patient_of', 'subtype_of',
-           'to_gray', 'decode_image', 'open_image', 'square', 'read_pixels', 'read_start', 'read_file', 'fingerprint',
+           'resume_download', 'unpack_images', 'fetch', 'Source', 'find_data', 'patient_of', 'subtype_of', 'to_gray',
+           'decode_image', 'open_image', 'square', 'read_pixels', 'read_start', 'read_file', 'fingerprint',
            'join_identical', 'index_images', 'split_validation', 'Leakage', 'check_no_leakage', 'leaked_share',
            'pixel_cache', 'Dataset', 'load_dataset', 'on_phantoms', 'show_images']
 
@@ -26,6 +26,7 @@ from .cores import cores
 from .kept import code_of, is_kept
 from .phantom import generator, write_phantoms
 from .runs import Step, atomic_path, progress, read_json, resolve_run_dir, write_json
+from .stored import cache_dir
 
 # %% ../nbs/00_data.ipynb #2e063775
 DATASETS = {
@@ -42,12 +43,6 @@ DATASETS = {
 }
 
 # %% ../nbs/00_data.ipynb #c2ff121e
-def cache_dir() -> Path:
-    "Where downloads, phantoms and pixel caches live: `CXR_LAB_CACHE`, else the user's cache folder."
-    if chosen := os.environ.get('CXR_LAB_CACHE'): return Path(chosen)
-    import pooch
-    return Path(pooch.os_cache('cxr_lab'))
-
 def resume_download(
     url: str,
     output_file,        # where pooch wants the file

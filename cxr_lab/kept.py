@@ -136,7 +136,7 @@ def _uses(function, node) -> list:
     return found
 
 # %% ../nbs/lab/kept.ipynb #7082f3a9
-STOPS = ('cxr_lab.runs', 'cxr_lab.cores', 'cxr_lab.kept')  # they store, schedule and look: not followed
+STOPS = ('cxr_lab.runs', 'cxr_lab.cores', 'cxr_lab.kept', 'cxr_lab.stored')  # not followed: they keep
 _SKIPPED = {'__module__', '__dict__', '__weakref__', '__doc__', '__annotations__', '__annotate__', '__annotate_func__',
             '__annotations_cache__', '__qualname__', '__firstlineno__', '__static_attributes__', '__match_args__',
             '__dataclass_fields__', '__abstractmethods__', '_abc_impl', '__parameters__', '__orig_bases__', '__hash__',
