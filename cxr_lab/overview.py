@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import nbformat
 
-from .edits import PACKAGE
+from .explorable import environment
 from .report import directives, results_markdown, without_options
 from .runs import atomic_path, outdated, read_status
 
@@ -22,13 +22,6 @@ def heading(nb) -> tuple[str, str]:
     first = next((c.source for c in nb.cells if c.cell_type == 'markdown'), '')
     title, subtitle = (re.search(rf'^{mark} (.+)$', first, re.M) for mark in '#>')
     return title[1] if title else '', subtitle[1] if subtitle else ''
-
-def _template(name):
-    "A page of cxr_lab/templates; every text in it is escaped unless it is marked as HTML."
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    loader = FileSystemLoader(PACKAGE/'templates')
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return pages.get_template(name)
 
 _TO_NOTEBOOK = re.compile(r'\[([^]]*)\]\((?![a-z]+:)([^)#]+\.ipynb)(#[^)]*)?\)')  # [text](a.ipynb#b)
 
@@ -65,9 +58,9 @@ def render_lesson(
     body, _ = exporter.from_notebook_node(nb)
     light, dark = (HtmlFormatter(style=style).get_style_defs('.highlight')
                    for style in ('default', 'github-dark'))
-    html = _template('lesson.html').render(
+    html = environment().get_template('lesson.html').render(
         title=heading(nb)[0] or notebook.stem, notebook=quote(notebook.name), content=Markup(body),
-        style=Markup(f'{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}'))
+        light=Markup(light), dark=Markup(dark))
     with atomic_path(page) as temporary: temporary.write_text(html, encoding='utf-8')
     return page
 
@@ -108,9 +101,9 @@ def write_overview(
     complete = sum(bool(lesson['page']) for lesson in lessons)
     table, note = [], 'None yet: the run has not come to its end.'
     if results is not None: table, note = _table(results)
-    html = _template('run.html').render(
-        title=f'Run {run.resolve().name}', about=f'{complete} of {len(lessons)} lessons are complete.',
-        style='body { max-width: 76rem }',  # so that the table of results fits
-        lessons=lessons, table=table, note=note, results='results.json' if results is not None else '')
+    html = environment().get_template('run.html').render(
+        title=f'Run {run.resolve().name}', lessons=lessons, table=table, note=note,
+        about=f'{complete} of {len(lessons)} lessons are complete.',
+        results='results.json' if results is not None else '')
     with atomic_path(run/'index.html') as temporary: temporary.write_text(html, encoding='utf-8')
     return run/'index.html'

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pandas as pd
 from filelock import FileLock
+from markupsafe import escape
 
 from .edits import for_children, lessons_in_use, lessons_of
+from .explorable import environment
 from .kernels import kernel_manager, warm_imports, warm_up
 from .pipeline import (NotebookFailed, UsageError, _key, _locked, _one, _plan, _run_step, _say, check_parameters, follow_lessons, lessons,
                               notebook_code, notebook_parameters, select)
@@ -695,31 +697,12 @@ def metric_figure(
     return fig
 
 # %% ../nbs/lab/sweep.ipynb #601b66d8
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
-<style>body{font:16px/1.45 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-th,td{padding:.25rem .7rem;border-bottom:1px solid #ccc;text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}.failed{color:#a40000;font-weight:600}
-@media(prefers-color-scheme:dark){body{color:#ddd;background:#181818}a{color:#8ab4f8}.failed{color:#ff8a80}th,td{border-color:#555}img{background:#fff}}</style></head><body>
-<h1>{{ title }}</h1>
-<p>{{ counts }}{% if note %} {{ note }}{% endif %}</p>
-<h2>Points</h2>
-<table><thead><tr><th>point</th><th>state</th>{% for m in metrics %}<th>{{ m }}</th>{% endfor %}<th>executed notebooks</th></tr></thead><tbody>
-{% for p in points %}<tr><td>{{ p.name }}</td><td{% if p.state == 'failed' %} class="failed"{% endif %}>{{ p.state }}{% if p.state == 'failed' %}: {{ p.notebook }}{% if p.cell %}, cell [{{ p.cell }}] <code>{{ p.line }}</code>{% endif %}
-<br>{{ p.error }}{% endif %}</td>{% for v in p.numbers %}<td class="n">{{ v }}</td>{% endfor %}<td>{% for name, link in p.links %}<a href="{{ link }}">{{ name }}</a> {% endfor %}</td></tr>
-{% endfor %}</tbody></table>
-{% for heading, table in tables %}<h2>{{ heading }}</h2>
-<table><thead><tr>{% for c in table.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in table.rows %}<tr>{% for c in row %}<td{% if c.number %} class="n"{% endif %}>{{ c.text }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>
-{% endfor %}{% for metric, link in figures %}<h2>{{ metric }}</h2><p><img src="{{ link }}" alt="{{ metric }}: each result by setting, means and 95 % intervals."></p>
-{% endfor %}<p>All numbers: {% for f in files %}<a href="{{ f }}">{{ f }}</a> {% endfor %}</p></body></html>
-"""
-
 def _cells(df):
-    "A table for the page: numbers with four digits."
+    "A table for the page: numbers with four digits, as they are."
     def cell(v):
         number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        return dict(number=number, text='' if v is None or v is pd.NA or (number and v != v) else f'{v:.4g}' if isinstance(v, float) else str(v))
+        if v is None or v is pd.NA or (number and v != v): return dict(number=number, text='')
+        return dict(number=number, text=escape(f'{v:.4g}' if isinstance(v, float) else str(v)))
     return dict(columns=list(df), rows=[[cell(v) for v in r] for r in df.astype(object).itertuples(index=False)])
 
 def _point_row(out, point, state, table, metrics):
@@ -738,7 +721,6 @@ def write_sweep(
     states: dict | None = None,   # point -> state, where more is known than the disk tells
 ):
     "Writes table.csv, table.parquet, summary.csv, comparison.csv (with a baseline), states.csv, figures/ and index.html."
-    from jinja2 import Environment
     out, plan = Path(out), read_json(Path(out)/'sweep.json')
     table = tidy_table([out])
     states = {p['name']: (states or {}).get(p['name']) or _point_state(out, p) for p in plan['points']}
@@ -757,7 +739,7 @@ def write_sweep(
     for metric in metrics:
         with atomic_path(out/f'figures/{metric}.png') as temporary: metric_figure(table, metric, note).savefig(temporary, dpi=110, metadata={'Software': None})
     done, failed = (sum(s['state'] == k for s in states.values()) for k in ('done', 'failed'))
-    page = Environment(autoescape=True).from_string(_PAGE).render(
+    page = environment().get_template('sweep.html').render(
         title=f'Sweep {out.resolve().name}', note=note, metrics=metrics[:8], tables=tables, figures=[(m, f'figures/{m}.png') for m in metrics],
         counts=f'{done} of {len(states)} points are done, {failed} failed.', files=[f.name for f in sorted(out.glob('*.csv')) + sorted(out.glob('*.parquet'))],
         points=[_point_row(out, p, states[p['name']], table, metrics[:8]) for p in plan['points']])

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['PALETTES', 'head_of', 'Seen', 'inputs_of', 'embed', 'embedding_table', 'vectors_of', 'tsne_map', 'pca_map',
-           'agreement', 'groups_of', 'plot_maps', 'sprite', 'page_data', 'explorer', 'framed', 'separation',
-           'told_apart', 'nearest_training']
+           'agreement', 'groups_of', 'plot_maps', 'separation', 'told_apart', 'nearest_training']
 
 # %% ../nbs/09_tsne.ipynb #bf291e86
-import base64, gzip, html, io, json, re, threading
+import re, threading
 from contextlib import contextmanager
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -156,160 +153,6 @@ def plot_maps(
     fig.legend([plt.Line2D([], [], ls='', marker='o', ms=6, color=PALETTES[by][g]) for g in shown], shown, loc='outside lower center', ncols=len(shown), frameon=False)
     fig.suptitle(suptitle, fontsize=11)
     return fig
-
-# %% ../nbs/09_tsne.ipynb #38f9440f
-_WEBP_SIDE = 16383  # the format's limit, pixels
-
-def sprite(
-    pixels: np.ndarray,  # (N,1,H,W) uint8, N > 0
-    size: int,           # pixels of each thumbnail
-    quality: int = 60,
-) -> tuple[bytes, int]:  # a WebP file; thumbnails per row
-    "Thumbnails in a nearly square grid, row by row; `ValueError` if they do not fit into one file."
-    columns = int(np.ceil(np.sqrt(len(pixels))))
-    if columns * size > _WEBP_SIDE: raise ValueError(f'{len(pixels)} thumbnails of {size} pixels do not fit into one picture')
-    sheet = np.zeros((-(-len(pixels) // columns) * size, columns * size), np.uint8)
-    for i, image in enumerate(pixels):
-        r, c = divmod(i, columns)
-        sheet[r * size:(r + 1) * size, c * size:(c + 1) * size] = cv2.resize(np.asarray(image[0]), (size, size), interpolation=cv2.INTER_AREA)
-    file = io.BytesIO()
-    Image.fromarray(sheet).save(file, 'WEBP', quality=quality, method=4)
-    return file.getvalue(), columns
-
-# %% ../nbs/09_tsne.ipynb #ff509bae
-_GRID = 4095  # coordinates are whole numbers up to this
-
-def page_data(
-    tables: dict,           # model -> table of embedding_table, the same images in the same order
-    maps: dict,             # model -> (N,2)
-    titles: dict,           # model -> title
-    pixels: np.ndarray,     # (N,1,H,W) uint8
-    pictured: np.ndarray,   # rows whose thumbnails go with it
-    size: int,              # their pixels; 0: no thumbnails
-    note: str = '',         # shown below the map: what the images are, whose they are
-) -> str:                   # base64 of gzipped JSON
-    "The maps, names and thumbnails in one string."
-    table = next(iter(tables.values()))
-    if any(not t.path.equals(table.path) for t in tables.values()): raise ValueError('the tables are not about the same images in the same order')
-    def codes(t, by): return groups_of(t, by).map({g: i for i, g in enumerate(PALETTES[by])}).tolist()
-    def grid(xy):
-        xy = xy - xy.min(0)
-        return (xy / xy.max() * _GRID).round().astype(int)
-    models = [dict(title=titles[m], xy=(xy := grid(maps[m])).ravel().tolist(), box=xy.max(0).tolist(), answer=codes(t, 'answer'), percent=(t.probability * 1000).round().astype(int).tolist()) for m, t in tables.items()]
-    facts = dict(models=models, path=table.path.tolist(), palettes=PALETTES, groups={by: codes(table, by) for by in PALETTES if by != 'answer'}, note=note)
-    of = table.split.iloc[pictured].unique()
-    facts['start'] = of[0] if len(of) == 1 else 'all'  # what is drawn first: where there are pictures
-    if size and len(pictured):
-        file, columns = sprite(pixels[pictured], size)
-        facts['sprite'] = dict(src='data:image/webp;base64,' + base64.b64encode(file).decode(), columns=columns, rows=np.asarray(pictured).tolist())
-    return base64.b64encode(gzip.compress(json.dumps(facts, separators=(',', ':')).encode(), mtime=0)).decode()
-
-# %% ../nbs/09_tsne.ipynb #a5f58dba
-_STYLE = '''
-* { box-sizing: border-box } [hidden] { display: none !important }
-html, body { height: 100%; margin: 0 } body { display: flex; flex-direction: column; gap: .4rem; padding: .4rem; font: 14px/1.35 system-ui, sans-serif; color: #222; background: #fff }
-#controls, #legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: center } select { font: inherit; max-width: 11rem }
-#legend span::before { content: "●"; color: var(--c); margin-right: .25em } #note { margin: 0; font-size: 11px; color: #555 }
-#stage { flex: 1; min-height: 0; display: flex; gap: .6rem } #plot { position: relative; flex: 1; min-width: 0; min-height: 0 }
-canvas { position: absolute; width: 100%; height: 100%; cursor: crosshair; touch-action: pan-y } canvas:focus-visible { outline: 2px solid #0072B2 }
-#card { flex: 0 0 176px; overflow-wrap: anywhere } #thumb { width: 160px; height: 160px; background: #000 } #card dl { margin: .3rem 0 } #card dt { color: #555; font-size: 11px } #card dd { margin: 0 0 .2rem }
-@media (max-width: 600px) { #stage { flex-direction: column } #card { flex: 0 0 168px; display: flex; gap: .6rem; font-size: 12px } #thumb { flex: none } #card dl { margin: 0 } }
-'''
-
-_BODY = '''
-<div id="controls"><label>Model <select id="model"></select></label>
-<label>Color <select id="by"><option>class</option><option>subtype</option><option>split</option><option>answer</option></select></label>
-<label>Images <select id="split"><option>all</option><option>train</option><option>validation</option><option>test</option><option>official_val</option></select></label>
-<label><input type="checkbox" id="errors"> wrong answers only</label></div>
-<div id="legend"></div>
-<div id="stage"><div id="plot"><canvas id="map" tabindex="0" role="img" aria-label="t-SNE map; arrow keys go from image to image"></canvas></div>
-<div id="card" aria-live="polite"><div id="thumb" role="img" aria-label="X-ray" hidden></div><dl id="facts"><dd>Point at an image. A click keeps it while you change the model.</dd></dl></div></div>
-<p id="note"></p>
-'''
-
-# %% ../nbs/09_tsne.ipynb #681a8aa1
-_SCRIPT = '''
-const $ = id => document.getElementById(id), canvas = $('map'), pen = canvas.getContext('2d');
-let data, shown = [], current = null, kept = false, pictures = new Map();
-const model = () => data.models[$('model').value];
-const codes = by => by === 'answer' ? model().answer : data.groups[by];
-const group = (by, i) => Object.keys(data.palettes[by])[codes(by)[i]];
-
-function place(i) {  // both axes on one scale, the map in the middle
-  const {xy, box: [w, h]} = model(), pad = 10 * devicePixelRatio;
-  const scale = Math.min((canvas.width - 2 * pad) / w, (canvas.height - 2 * pad) / h);
-  return [canvas.width / 2 + (xy[2 * i] - w / 2) * scale, canvas.height / 2 - (xy[2 * i + 1] - h / 2) * scale];
-}
-
-function dot(i, radius) {
-  pen.beginPath(); pen.arc(...place(i), radius * devicePixelRatio, 0, 7);
-}
-
-function draw() {
-  const by = $('by').value, split = $('split').value, colors = Object.values(data.palettes[by]), counts = colors.map(() => 0);
-  canvas.width = canvas.clientWidth * devicePixelRatio; canvas.height = canvas.clientHeight * devicePixelRatio;
-  shown = data.path.map((_, i) => i).filter(i => (split === 'all' || group('split', i) === split) && (!$('errors').checked || model().answer[i]));
-  for (const i of shown) counts[codes(by)[i]]++;
-  const order = colors.map((_, g) => g).sort((a, b) => counts[b] - counts[a]);  // small groups on top
-  pen.globalAlpha = .7;
-  for (const g of order) { pen.fillStyle = colors[g]; for (const i of shown) if (codes(by)[i] === g) { dot(i, shown.length > 1500 ? 2 : 3.5); pen.fill(); } }
-  pen.globalAlpha = 1;
-  if (current !== null) { pen.lineWidth = 2 * devicePixelRatio; pen.strokeStyle = '#000'; dot(current, 7); pen.stroke(); }
-  $('legend').replaceChildren(...Object.keys(data.palettes[by]).filter((_, g) => counts[g]).map((name, k) => {
-    const entry = document.createElement('span');
-    entry.style.setProperty('--c', data.palettes[by][name]); entry.textContent = `${name} (${counts[Object.keys(data.palettes[by]).indexOf(name)]})`;
-    return entry; }));
-}
-
-function nearest(event) {
-  const r = canvas.getBoundingClientRect(), x = (event.clientX - r.left) * devicePixelRatio, y = (event.clientY - r.top) * devicePixelRatio;
-  let best = null, least = (event.pointerType === 'touch' ? 24 : 12) * devicePixelRatio;
-  for (const i of shown) { const [a, b] = place(i), d = Math.hypot(a - x, b - y); if (d < least) [best, least] = [i, d]; }
-  return best;
-}
-
-function tell(i) {
-  current = i;
-  const n = pictures.get(i), percent = model().percent[i], facts = {file: data.path[i], 'true label': group('class', i), subtype: group('subtype', i), split: group('split', i),
-    'probability of PNEUMONIA': (percent / 1000).toFixed(3), answer: group('answer', i)};
-  $('facts').replaceChildren(...Object.entries(facts).flatMap(([k, v]) => [['dt', k], ['dd', v]]).map(([tag, text]) => {
-    const e = document.createElement(tag); e.textContent = text; return e; }));
-  $('thumb').hidden = n === undefined;
-  if (n !== undefined) $('thumb').style.backgroundPosition = `-${n % data.sprite.columns * 160}px -${Math.floor(n / data.sprite.columns) * 160}px`;
-  draw();
-}
-
-async function start() {
-  const bytes = Uint8Array.from(atob($('data').textContent), c => c.charCodeAt(0));
-  data = await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream('gzip'))).json();
-  $('model').replaceChildren(...data.models.map((m, i) => new Option(m.title, i)));
-  if (data.models.length > 1) $('model').value = 1;
-  $('split').value = data.start;
-  $('note').textContent = data.note;
-  if (data.sprite) {
-    data.sprite.rows.forEach((row, n) => pictures.set(row, n));
-    $('thumb').style.backgroundImage = `url(${data.sprite.src})`; $('thumb').style.backgroundSize = `${data.sprite.columns * 160}px auto`;
-  }
-  for (const id of ['model', 'by', 'split', 'errors']) $(id).oninput = () => current === null ? draw() : tell(current);
-  canvas.onpointermove = e => { const i = kept ? null : nearest(e); if (i !== null && i !== current) tell(i); };
-  canvas.onclick = e => { const i = nearest(e); kept = i !== null; if (kept) tell(i); };
-  canvas.onkeydown = e => { const step = {ArrowRight: 1, ArrowLeft: -1}[e.key]; if (step && shown.length) { e.preventDefault(); kept = true; tell(shown.at((shown.indexOf(current) + step) % shown.length)); } };
-  new ResizeObserver(draw).observe($('plot'));
-}
-start();
-'''
-
-def explorer(
-    packed: str,                # of page_data
-    title: str = 't-SNE map',
-) -> str:                       # HTML
-    "The interactive map as one page that needs nothing else."
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>{_BODY}<script type="text/plain" id="data">{packed}</script><script>{_SCRIPT}</script></body></html>\n')
-
-def framed(page: str, height: int = 700) -> str:  # pixels
-    "A page inside another one, or inside a notebook."
-    return f'<div><iframe title="Interactive t-SNE map" style="width: 100%; height: {height}px; border: 0" srcdoc="{html.escape(page)}"></iframe></div>'
 
 # %% ../nbs/09_tsne.ipynb #3dc8a7de
 def _straight_cut():

@@ -14,8 +14,9 @@ import numpy as np
 from markupsafe import Markup
 
 from .data import CLASSES
+from .explorable import content_policy, environment, page_part
 from .films import Refused
-from .pages import NOTICE, THEME, content_policy, data_uri, environment
+from .pages import NOTICE, data_uri
 from .runs import optional
 
 # %% ../nbs/lab/app.ipynb #10906e75
@@ -39,119 +40,6 @@ def told(
     "An answer as the page wants it."
     return dict(probability=float(seen.probability), label=seen.label, threshold=float(seen.threshold), warning=seen.warning, notes=seen.notes, explained=seen.explained, zero=bool(seen.zero),
                 width=seen.gray.shape[1], height=seen.gray.shape[0], gray=data_uri(seen.gray, 90), heat=data_uri(heat_layer(seen.heat), 80, side=256))
-
-# %% ../nbs/lab/app.ipynb #2fb452c4
-_STYLE = '''
-.drop { display: block; border: 2px dashed var(--line); border-radius: 12px; background: var(--card); text-align: center; padding: 2.2rem 1rem; cursor: pointer; margin: 1.2rem 0 .8rem } .drop strong { display: block; font-size: 1.1rem } .drop input { position: absolute; opacity: 0; width: 1px; height: 1px }
-.drop:hover, .drop.over, .drop:focus-within { border-color: var(--accent) } .drop.small { padding: .7rem 1rem } .drop.small strong { font-size: 1rem }
-#status:empty { margin: 0 } #status.wrong { color: var(--attention); font-weight: 600 }
-#result { display: grid; grid-template-columns: minmax(0, 3fr) minmax(15rem, 2fr); gap: 1.5rem; align-items: start; margin-top: .5rem } #result[aria-busy=true] { opacity: .35 }
-figure { margin: 0 } .view { position: relative; background: #000; border-radius: 8px; overflow: hidden; line-height: 0 } .view img { width: 100%; height: auto; display: block } .view #heat, .view svg { position: absolute; inset: 0; width: 100%; height: 100% }
-.view path { fill: none; stroke: #56b4e9; stroke-width: 2; vector-effect: non-scaling-stroke } figcaption { font-size: .85rem; color: var(--soft); margin-top: .5rem }
-.panel > * { margin: 0 0 1rem } #label { font-size: 1.5rem; line-height: 1.2; margin-bottom: .2rem } #number { font-size: 1.1rem; font-variant-numeric: tabular-nums }
-.scale { position: relative } .scale svg { display: block; width: 100%; height: 10px; border-radius: 5px; background: var(--line) } .scale rect { fill: var(--soft) } .NORMAL rect { fill: var(--normal) } .PNEUMONIA rect { fill: var(--pneumonia) } .scale line { stroke: var(--ground); stroke-width: 3; vector-effect: non-scaling-stroke }
-.control { display: flex; gap: .7rem; align-items: center; font-size: .95rem } .control input[type=range] { flex: 1; min-width: 0; accent-color: var(--accent) } .control input[type=checkbox] { width: 1.15rem; height: 1.15rem; accent-color: var(--accent) } .control output { min-width: 3em; text-align: right; font-variant-numeric: tabular-nums }
-#warning { border-left: 3px solid var(--attention); background: var(--attention-ground); padding: .5rem .8rem; border-radius: 0 6px 6px 0; font-size: .9rem } #warning ul { margin: .2rem 0 0; padding-left: 1.1rem }
-@media (max-width: 700px) { #result { grid-template-columns: minmax(0, 1fr); gap: 1rem } .drop { padding: 1.4rem 1rem } }
-'''
-
-_PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">
-<title>Chest X-ray</title><style>{{ style }}</style></head>
-<body data-token="{{ token }}" data-limit="{{ limit }}"><main>
-<h1>Chest X-ray: {{ classes[0] }} or {{ classes[1] }}?</h1>
-<p class="soft">The picture stays on this computer, in memory only. Nothing is stored. Model: {{ model }}.</p>
-<p class="caveat" role="note">{{ notice }}</p>
-<label class="drop" id="drop"><input type="file" id="file" accept=".jpg,.jpeg,.png,.tif,.tiff,.dcm,.dicom,image/*,application/dicom"><strong>Drop a chest X-ray here</strong>
-<span class="soft">or choose a file, or paste a picture. JPEG, PNG, TIFF or DICOM, up to {{ limit // 1048576 }} MB.</span></label>
-<p id="status" role="status"></p>
-<section id="result" aria-label="Answer" hidden>
-<figure><div class="view"><img id="gray" alt="The X-ray" src="{{ empty }}"><img id="heat" alt="Heatmap" src="{{ empty }}"><svg id="outline" preserveAspectRatio="none" role="img" aria-label="Lung outline" hidden><path d=""/></svg></div><figcaption id="explained"></figcaption></figure>
-<div class="panel">
-<p><span id="label" class="answer"></span><br><span id="number"></span></p>
-<div class="scale" id="scale"><svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><rect height="1"/><line y1="0" y2="1"/></svg></div>
-<p class="soft small" id="threshold"></p>
-<div id="warning" hidden><strong>Unusual picture</strong>, so the answer may mean little:<ul></ul></div>
-<label class="control">Heatmap <input type="range" id="opacity" min="0" max="100" value="60"><output for="opacity">60 %</output></label>
-<label class="control"><input type="checkbox" id="lungs"> Lung outline <span class="soft small" id="finding"></span></label>
-<p class="soft small" id="notes"></p>
-</div></section>
-</main><script>{{ script }}</script></body></html>
-'''
-
-# %% ../nbs/lab/app.ipynb #7a6177e0
-_SCRIPT = '''
-const $ = id => document.getElementById(id), { token, limit } = document.body.dataset;
-let content = null, asked = null;
-
-function say(text, wrong = false) { $('status').textContent = text; $('status').className = wrong ? 'wrong' : ''; }
-
-async function ask(what) {
-  const reply = await fetch(what, { method: 'POST', body: content, headers: { 'X-CXR-Lab': token, 'Content-Type': 'application/octet-stream' }, signal: asked.signal, cache: 'no-store' })
-    .catch(e => { throw e.name === 'AbortError' ? e : new Error('No answer. Is cxr-lab app still running?'); });
-  const found = await reply.json().catch(() => ({ error: `No answer (${reply.status}). Reload the page.` }));
-  if (!reply.ok) throw new Error(found.error);
-  return found;
-}
-
-async function look(file) {
-  asked?.abort(); asked = new AbortController();
-  const mine = asked;
-  $('result').ariaBusy = 'true';
-  try {
-    if (file.size > limit) throw new Error(`The file has ${Math.ceil(file.size / 1048576)} MB; the limit is ${limit / 1048576} MB.`);
-    say('Looking …');
-    content = await file.arrayBuffer().catch(() => { throw new Error('This cannot be read. Is it a folder?'); });
-    if (mine !== asked) return;
-    tell(await ask('/explain'));
-    say('');
-    if ($('lungs').checked) await outline();
-  } catch (e) { if (e.name !== 'AbortError' && mine === asked) { say(e.message, true); $('result').hidden = true; $('drop').classList.remove('small'); } }
-  finally { if (mine === asked) $('result').ariaBusy = 'false'; }
-}
-
-function tell(a) {
-  const of = a.explained;
-  $('gray').src = a.gray; $('heat').src = a.heat;
-  $('label').textContent = a.label; $('label').className = `answer ${a.label}`; $('scale').className = `scale ${a.label}`;
-  $('number').textContent = `probability of PNEUMONIA ${a.probability.toFixed(3)}`;
-  $('scale').querySelector('rect').setAttribute('width', a.probability);
-  for (const x of ['x1', 'x2']) $('scale').querySelector('line').setAttribute(x, a.threshold);
-  $('threshold').textContent = `Threshold ${+a.threshold.toPrecision(3)}, the mark on the scale.`;
-  $('explained').textContent = a.zero ? 'The heatmap is empty.' : `Heatmap: what raised the score of ${of}.`;
-  $('heat').alt = `Heatmap: what raised the score of ${of}`;
-  warn(a.warning);
-  $('notes').textContent = a.notes;
-  $('outline').setAttribute('viewBox', `0 0 ${a.width} ${a.height}`); $('outline').firstElementChild.setAttribute('d', '');
-  $('finding').textContent = '';
-  $('result').hidden = false; $('drop').classList.add('small'); fade();
-  $('result').scrollIntoView({ block: 'nearest' });
-}
-
-function warn(text) {
-  $('warning').hidden = !text;
-  $('warning').querySelector('ul').replaceChildren(...text.split('; ').map(t => Object.assign(document.createElement('li'), { textContent: t })));
-}
-
-async function outline() {
-  const path = $('outline').firstElementChild, on = $('lungs').checked;
-  $('outline').toggleAttribute('hidden', !on);
-  if (!on || path.getAttribute('d')) return;
-  $('finding').textContent = 'looking …';
-  try { const { path: d, warning } = await ask('/outline'); path.setAttribute('d', d); warn(warning); $('finding').textContent = d ? '' : 'none found'; }
-  catch (e) { if (e.name !== 'AbortError') $('finding').textContent = e.message; }
-}
-
-function fade() { $('heat').style.opacity = $('opacity').value / 100; document.querySelector('output').textContent = `${$('opacity').value} %`; }
-
-$('opacity').oninput = fade;
-$('lungs').onchange = outline;
-$('file').onchange = e => { if (e.target.files[0]) look(e.target.files[0]); e.target.value = ''; };
-addEventListener('dragover', e => { e.preventDefault(); $('drop').classList.add('over'); });
-addEventListener('dragleave', () => $('drop').classList.remove('over'));
-addEventListener('drop', e => { e.preventDefault(); $('drop').classList.remove('over'); const f = e.dataTransfer.files[0]; if (f) look(f); });
-addEventListener('paste', e => { const f = e.clipboardData.files[0]; f ? look(f) : say('There is no picture in the clipboard.', true); });
-'''
 
 # %% ../nbs/lab/app.ipynb #e0cccf32
 MAX_UPLOAD = 64 << 20     # bytes
@@ -204,9 +92,12 @@ def create_app(
         from starlette.responses import HTMLResponse, JSONResponse, Response
         from starlette.routing import Route
 
-    token, style, one = secrets.token_urlsafe(), THEME + _STYLE, CapacityLimiter(1)
-    page = environment().from_string(_PAGE).render(style=Markup(style), script=Markup(_SCRIPT), empty=data_uri(np.zeros((1, 1), np.uint8)), token=token, limit=max_bytes, model=predictor.file.name, notice=NOTICE, classes=CLASSES)
-    headers = {'Content-Security-Policy': content_policy([style], [_SCRIPT], connect="'self'") + "; frame-ancestors 'none'", 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
+    token, one = secrets.token_urlsafe(), CapacityLimiter(1)
+    style, script = page_part('theme.css') + page_part('app.css'), page_part('app.js')
+    page = environment().get_template('app.html').render(
+        style=Markup(style), script=Markup(script), empty=data_uri(np.zeros((1, 1), np.uint8)),
+        token=Markup(token), limit=max_bytes, model=predictor.file.name, notice=NOTICE, classes=CLASSES)
+    headers = {'Content-Security-Policy': content_policy([style], [script], connect="'self'") + "; frame-ancestors 'none'", 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
                'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin', 'Cross-Origin-Opener-Policy': 'same-origin'}
 
     async def answer(request, look):

@@ -9,8 +9,9 @@ import site_check
 from PIL import Image
 
 from cxr_lab.data import CLASSES
+from cxr_lab.explorable import page_part, shown
 from cxr_lab.gradcam import overlay
-from cxr_lab.pages import NOTICE, SIDE, THEME, content_policy, data_uri, read_heatmap, read_plain, read_rows, shown, write_report
+from cxr_lab.pages import NOTICE, SIDE, data_uri, read_heatmap, read_plain, read_rows, write_report
 from cxr_lab.phantom import make_phantom
 from cxr_lab.predict import COLUMNS, to_cell
 from cxr_lab.runs import write_json
@@ -162,7 +163,7 @@ def luminance(color):  # WCAG 2.2
     return np.where(c <= .04045, c / 12.92, ((c + .055) / 1.055)**2.4) @ [.2126, .7152, .0722]
 
 def test_text_can_be_read_in_both_themes():
-    light, dark = (dict(re.findall(r'--([\w-]+): (#\w+)', part)) for part in THEME.split('@media (prefers-color-scheme: dark)'))
+    light, dark = (dict(re.findall(r'--([\w-]+): (#\w+)', part)) for part in page_part('theme.css').split('@media (prefers-color-scheme: dark)'))
     for colors in (light, light | dark):
         for text, ground in [('ink', 'ground'), ('ink', 'card'), ('soft', 'ground'), ('soft', 'card'), ('ground', 'accent'), ('attention', 'ground'), ('ink', 'attention-ground')]:
             a, b = sorted([luminance(colors[text]), luminance(colors[ground])])
