@@ -66,7 +66,8 @@ def image_folder(images: int):
 
 def dataset(root: Path, size: int = 128, validation: bool = True):
     "A Dataset as lesson 00 makes it, with or without a validation split, and the seconds it took."
-    from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation
+    from cxr_lab.data import Dataset, index_images, split_validation
+    from cxr_lab.images import Source, pixel_cache
     begin = time.perf_counter()
     index, rejected = index_images(root, size=size)
     assert not len(rejected), rejected

@@ -35,7 +35,8 @@ def own_memory() -> float:
 def prepared(stage: str, folder: Path, n: int):
     "Imports and reads what a stage needs; returns the work."
     import pandas as pd
-    from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation
+    from cxr_lab.data import Dataset, index_images, split_validation
+    from cxr_lab.images import Source, pixel_cache
     root, table, cache = folder/'images', folder/'index.csv', folder/'cache'
     if stage == 'index': return lambda: index_images(root)[0].to_csv(table, index=False)
     if stage == 'index and cache':

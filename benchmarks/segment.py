@@ -7,7 +7,8 @@ from common import arguments, image_folder, report, seconds
 
 def ours(segmenter, root, folder):
     "Files checked and decoded, segmented in batches, masks cleaned; nothing is reused."
-    from cxr_lab.data import index_images, pixel_cache
+    from cxr_lab.data import index_images
+    from cxr_lab.images import pixel_cache
     from cxr_lab.segment import segment
     cache = folder/f'{len(list(folder.iterdir()))}'
     index, rejected = index_images(root, size=256, folder=cache)
@@ -18,7 +19,8 @@ def ours(segmenter, root, folder):
 
 def reference_in_batches(model, root, folder):
     "The reference's network and steps, from the pixel cache, in batches: what is gained without another network."
-    from cxr_lab.data import index_images, pixel_cache
+    from cxr_lab.data import index_images
+    from cxr_lab.images import pixel_cache
     from cxr_lab.segment import segment_reference
     cache = folder/f'{len(list(folder.iterdir()))}'
     index, _ = index_images(root, size=256, folder=cache)

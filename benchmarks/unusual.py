@@ -10,7 +10,7 @@ WORDS = 'the film shows both lungs clear heart of normal size no effusion report
 
 def gray(image):
     "A PIL image as lesson 00 would read it: (1,SIZE,SIZE) uint8."
-    from cxr_lab.data import square, to_gray
+    from cxr_lab.films import square, to_gray
     return square(to_gray(image), SIZE)
 
 def photographs():
@@ -95,8 +95,10 @@ def kinds(films, n, seed=1):
 def main(a):
     import torch
     from cxr_lab import __file__ as package
-    from cxr_lab.data import CLASSES, Dataset, find_data, index_images, pixel_cache, split_validation
+    from cxr_lab.data import Dataset, index_images, split_validation
+    from cxr_lab.images import find_data, pixel_cache
     from cxr_lab.model import load_model
+    from cxr_lab.runs import CLASSES
     from cxr_lab.segment import load_segmenter, segment
     from cxr_lab.tsne import embed
     from cxr_lab.unusual import Unusual

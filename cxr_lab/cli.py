@@ -109,8 +109,8 @@ class Dataset(str, Enum):
 def fetch(name: Annotated[Dataset, typer.Argument(help='Which data set.')] = Dataset.kermany):
     "Download a data set, with checksum and resume; nothing is done if it is there."
     with _exit_codes():
-        from cxr_lab import data
-        typer.echo(data.fetch(name.value))
+        from cxr_lab import images
+        typer.echo(images.fetch(name.value))
 
 @app.command()
 def sweep(

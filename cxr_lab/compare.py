@@ -12,8 +12,8 @@ import pandas as pd
 import seaborn as sns
 from scipy.stats import binomtest
 
-from .data import CLASSES, COLORS
-from .runs import Step
+from .data import COLORS
+from .runs import CLASSES, Step
 from .scores import METRICS, choose_threshold, patient_weights, score, weighted_scores
 
 # %% ../nbs/05_compare.ipynb #3e19bb29

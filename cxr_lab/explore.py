@@ -17,7 +17,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .data import CLASSES, COLORS, Dataset, show_images
+from .data import COLORS, Dataset, show_images
+from .runs import CLASSES
 
 # %% ../nbs/01_explore.ipynb #f733d25c
 def draw_patients(

@@ -20,11 +20,14 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate
 
-from .data import CLASSES, COLORS, Dataset, Source, cache_dir, index_images, pixel_cache, read_pixels, split_validation
+from .data import COLORS, Dataset, index_images, split_validation
+from .films import read_pixels
+from .images import Source, pixel_cache
 from .model import to_float
 from .phantom import generator, write_marked
-from .runs import progress
+from .runs import CLASSES, progress
 from .scores import patient_weights
+from .stored import cache_dir
 
 # %% ../nbs/06_gradcam.ipynb #571fe17b
 def layer_candidates(

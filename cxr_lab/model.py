@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .data import CLASSES
-from .runs import atomic_path
+from .runs import CLASSES, atomic_path
 
 # %% ../nbs/02_model.ipynb #12fb8cad
 def to_float(

@@ -17,11 +17,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from . import __version__
-from .data import CLASSES
 from .explorable import content_policy, environment, page_part
 from .films import Refused, read_film
 from .predict import CAVEAT, read_table
-from .runs import atomic_path, progress, read_json
+from .runs import CLASSES, atomic_path, progress, read_json
 
 # %% ../nbs/lab/pages.ipynb #6fcdff99
 NOTICE = (f'{CAVEAT} The model knows only images like those it was trained on, and can misjudge others '

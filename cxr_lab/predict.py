@@ -31,12 +31,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import cxr_lab
 from . import __version__
-from .data import ASPECTS, CLASSES, Dataset, find_data, pixel_cache, to_gray
-from .films import MAX_PIXELS, Film, Refused, find_films, read_film
+from .data import Dataset
+from .films import ASPECTS, Film, MAX_PIXELS, Refused, find_films, read_film, to_gray
 from .gradcam import GradCAM, Maps, overlay, scale_map
+from .images import find_data, pixel_cache
 from .masked import VIEWS, look, look_at_all
 from .model import load_model, to_float
-from .runs import atomic_path, optional, progress, read_json, read_metrics, resolve_run_dir, versions, write_json
+from .runs import (CLASSES, atomic_path, optional, progress, read_json, read_metrics,
+                          resolve_run_dir, versions, write_json)
 from .segment import OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape, tidy
 from .tsne import head_of, inputs_of
 from .unusual import Unusual, fit_unusual
@@ -127,7 +129,7 @@ def to_frame(
     frame: tuple,       # (w,h) of the picture
     aspect: str = 'stretch',
 ) -> np.ndarray:        # (h,w) float32
-    "A map laid over the picture that the square was made from: undoes `data.square`; 0 where the network saw nothing."
+    "A map laid over the picture that the square was made from: undoes `films.square`; 0 where the network saw nothing."
     seen, s, (w, h) = np.asarray(seen, np.float32), len(seen), frame
     if aspect == 'crop':
         side, out = min(w, h), np.zeros((h, w), np.float32)

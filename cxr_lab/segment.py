@@ -27,9 +27,13 @@ from PIL import Image
 
 import cxr_lab
 from .cores import cores, one_thread
-from .data import CLASSES, COLORS, Dataset, Source, cache_dir, fingerprint, open_image, resume_download, square
+from .data import COLORS, Dataset
+from .films import open_image, square
+from .images import Source, fingerprint, resume_download
 from .kept import array_digest, code_of, is_kept, kept_from
-from .runs import SPLITS, Step, atomic_path, progress, read_json, versions, write_json
+from .runs import (CLASSES, SPLITS, Step, atomic_path, progress, read_json, versions,
+                          write_json)
+from .stored import cache_dir
 
 # %% ../nbs/07_segment.ipynb #944dfede
 class Masks:

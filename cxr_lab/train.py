@@ -32,10 +32,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import BinaryAUROC, BinaryCalibrationError, MulticlassAccuracy
 
 from .cores import in_processes, in_threads, keep_freed_memory
-from .data import CLASSES, COLORS, Dataset, on_phantoms
+from .data import COLORS, Dataset, on_phantoms
 from .kept import array_digest, changed, code_of, few, is_kept, kept_from, take_back
 from .model import build_model, load_model, save_model, to_float
-from .runs import PROGRESS, Step, atomic_path, progress, read_json, read_metrics, versions, write_json
+from .runs import (CLASSES, PROGRESS, Step, atomic_path, progress, read_json, read_metrics,
+                          versions, write_json)
 from .scores import METRICS, calibration_error, choose_threshold, intervals, mean_sd, score
 
 # %% ../nbs/03_train.ipynb #8428cd09

@@ -17,9 +17,9 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from .cores import in_threads
-from .data import CLASSES, COLORS
+from .data import COLORS
 from .model import to_float
-from .runs import atomic_path
+from .runs import CLASSES, atomic_path
 
 # %% ../nbs/09_tsne.ipynb #cbd1f66a
 def head_of(model: nn.Module) -> nn.Linear:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import cxr_lab
-from .data import Dataset, find_data, index_images, pixel_cache
+from .data import Dataset, index_images
+from .images import find_data, pixel_cache
 from .model import to_float
 from .runs import atomic_path, read_json
 from .segment import implausible, mask_shape

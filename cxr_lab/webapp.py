@@ -13,11 +13,10 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
-from .data import CLASSES
 from .explorable import content_policy, environment, page_part
 from .films import Refused
 from .pages import NOTICE, data_uri
-from .runs import optional
+from .runs import CLASSES, optional
 
 # %% ../nbs/lab/app.ipynb #10906e75
 def heat_layer(

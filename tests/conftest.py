@@ -71,7 +71,8 @@ def phantom_index(phantom_images):
 def tiny():
     "200 images in memory, 32 pixels: class 1 has a faint bright disk. Learnable in seconds, not perfectly."
     import numpy as np, pandas as pd
-    from cxr_lab.data import Dataset, Source
+    from cxr_lab.data import Dataset
+    from cxr_lab.images import Source
     rng, n = np.random.default_rng(0), 200
     label = (rng.random(n) < .6).astype(int)
     split = np.repeat(['train', 'validation', 'test', 'official_val'], [120, 36, 40, 4])

@@ -86,9 +86,9 @@ def test_table(tmp_path, monkeypatch):
     assert cli('table').exit_code == 2
 
 def test_fetch(monkeypatch):
-    fake = types.ModuleType('cxr_lab.data')
+    fake = types.ModuleType('cxr_lab.images')
     fake.fetch = lambda name: Path('cache')/name
-    monkeypatch.setitem(sys.modules, 'cxr_lab.data', fake); monkeypatch.setattr(cxr_lab, 'data', fake, raising=False)
+    monkeypatch.setitem(sys.modules, 'cxr_lab.images', fake); monkeypatch.setattr(cxr_lab, 'images', fake, raising=False)
     assert cli('fetch').stdout == 'cache/kermany\n' and cli('fetch', 'pneumoniamnist').stdout == 'cache/pneumoniamnist\n'
     def offline(name): raise ConnectionError('no network')
     fake.fetch = offline

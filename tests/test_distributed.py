@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytorch_lightning as pl, torch
 from cxr_lab import train
 from cxr_lab.augment import Augment
-from cxr_lab.data import Dataset, Source
+from cxr_lab.data import Dataset
+from cxr_lab.images import Source
 from cxr_lab.runs import Step
 
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from cxr_lab.kept import changed
 from cxr_lab.pipeline import notebook_code
 from cxr_lab.runs import read_metrics
 
-SHOW = 'from cxr_lab.data import MAX_PIXELS; print(MAX_PIXELS)'
+SHOW = 'from cxr_lab.data import COLORS; print(COLORS["NORMAL"])'
 FOLLOWS = '00_data was edited: cxr_lab.data follows it\n'
 
 
@@ -64,10 +64,10 @@ def edit(notebook, old, new):
 # In a checkout
 
 def test_an_edited_cell_is_what_another_process_imports(checkout):
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100_000_000', 'MAX_PIXELS = 90_000_000')
-    assert python(SHOW, checkout/'nbs', checkout) == ('90000000\n', FOLLOWS)
-    assert python(SHOW, checkout/'nbs', checkout) == ('90000000\n', ''), 'said once'
-    assert python(SHOW, checkout.parent, checkout) == ('90000000\n', ''), 'and from anywhere'
+    edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
+    assert python(SHOW, checkout/'nbs', checkout) == ('#0090B2\n', FOLLOWS)
+    assert python(SHOW, checkout/'nbs', checkout) == ('#0090B2\n', ''), 'said once'
+    assert python(SHOW, checkout.parent, checkout) == ('#0090B2\n', ''), 'and from anywhere'
     written = {path.name: path.read_bytes() for path in (checkout/'cxr_lab').glob('[a-z]*.py')}
     subprocess.run([Path(sys.executable).with_name('nbdev_export')], cwd=checkout, check=True)
     for name, text in written.items(): assert (checkout/'cxr_lab'/name).read_bytes() == text, name
@@ -75,40 +75,40 @@ def test_an_edited_cell_is_what_another_process_imports(checkout):
 def test_a_comment_travels_and_changes_no_code(checkout):
     module = checkout/'cxr_lab/data.py'
     before = module.read_text()
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100_000_000', '# mine\nMAX_PIXELS = 100_000_000')
+    edit(checkout/'nbs/00_data.ipynb', 'COLORS = {', '# mine\nCOLORS = {')
     assert follow(lessons_at(checkout)).said == [FOLLOWS.strip()]
-    assert module.read_text() == before.replace('MAX_PIXELS = 100', '# mine\nMAX_PIXELS = 100')
+    assert module.read_text() == before.replace('COLORS = {', '# mine\nCOLORS = {')
     assert ast.dump(ast.parse(before)) == ast.dump(ast.parse(module.read_text()))
 
 def test_what_is_not_exported_changes_no_module(checkout):
     before = (checkout/'cxr_lab/data.py').read_bytes()
-    edit(checkout/'nbs/00_data.ipynb', "with expect_error(ValueError, 'kermany, ", "# mine\nwith expect_error(ValueError, 'kermany, ")
+    edit(checkout/'nbs/00_data.ipynb', 'joined = join_identical(', '# mine\njoined = join_identical(')
     assert follow(lessons_at(checkout)) == ([], [])
     assert (checkout/'cxr_lab/data.py').read_bytes() == before
 
 def test_nbdev_is_imported_only_to_export(checkout):
     code = 'import sys, cxr_lab; print("nbdev" in sys.modules)'
     assert python(code, checkout, checkout) == ('False\n', '')
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
+    edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
     assert python(code, checkout, checkout) == ('True\n', FOLLOWS)
 
 def test_a_broken_edit_is_named_and_the_last_good_module_stays(checkout):
     notebook, module = checkout/'nbs/00_data.ipynb', checkout/'cxr_lab/data.py'
     before = module.read_bytes()
-    edit(notebook, 'MAX_PIXELS = 100_000_000', 'MAX_PIXELS = = 100_000_000')
+    edit(notebook, 'COLORS = {', 'COLORS = = {')
     code = [c for c in json.loads(notebook.read_text())['cells'] if c['cell_type'] == 'code']
-    number = 1 + next(i for i, c in enumerate(code) if 'MAX_PIXELS = =' in ''.join(c['source']))
+    number = 1 + next(i for i, c in enumerate(code) if 'COLORS = =' in ''.join(c['source']))
     broken = (f'00_data was edited, and its module stays as it was: cell [{number}] '
-              '`MAX_PIXELS = = 100_000_000  # ')
+              "`COLORS = = {'NORMAL': ")
     out, err = python(SHOW, checkout/'nbs', checkout)
-    assert out == '100000000\n' and err.startswith(broken)
+    assert out == '#0072B2\n' and err.startswith(broken)
     assert err.endswith('does not compile: line 2, invalid syntax\n')
     code, err = cli(checkout, checkout, 'run', '00_data')
     assert code == 2 and f'cxr-lab: {broken}' in err and not (checkout/'runs').exists()
     assert module.read_bytes() == before
     assert not list((checkout/'cxr_lab').glob('.*')), 'nothing is left behind'
-    edit(notebook, 'MAX_PIXELS = = 100_000_000', 'MAX_PIXELS = 90_000_000')
-    assert python(SHOW, checkout/'nbs', checkout) == ('90000000\n', FOLLOWS)
+    edit(notebook, "COLORS = = {'NORMAL': '#0072B2'", "COLORS = {'NORMAL': '#0090B2'")
+    assert python(SHOW, checkout/'nbs', checkout) == ('#0090B2\n', FOLLOWS)
 
 def test_a_notebook_that_is_none_is_named(checkout):
     (checkout/'nbs/00_data.ipynb').write_text('<<<<<<< HEAD\n{"cells": [')
@@ -116,18 +116,18 @@ def test_a_notebook_that_is_none_is_named(checkout):
     assert said == [] and broken.startswith('00_data was edited, and its module stays as it was: ')
 
 def test_of_processes_that_start_together_one_exports(checkout):
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100_000_000', 'MAX_PIXELS = 90_000_000')
+    edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
     processes = [start(SHOW, checkout, checkout) for _ in range(3)]
     answers = [process.communicate(timeout=120) for process in processes]
-    assert [out for out, _ in answers] == ['90000000\n'] * 3
+    assert [out for out, _ in answers] == ['#0090B2\n'] * 3
     assert sorted(err for _, err in answers) == ['', '', FOLLOWS]
 
 def test_two_versions_never_share_a_second(checkout):
     "Python would take the compiled first one for the second."
     lessons, module = lessons_at(checkout), checkout/'cxr_lab/data.py'
     times = [int(module.stat().st_mtime)]
-    for old, new in (('100_000', '200_000'), ('200_000', '300_000'), ('300_000', '400_000')):
-        edit(checkout/'nbs/00_data.ipynb', f'MAX_PIXELS = {old}', f'MAX_PIXELS = {new}')
+    for old, new in (('#0072B2', '#1072B2'), ('#1072B2', '#2072B2'), ('#2072B2', '#3072B2')):
+        edit(checkout/'nbs/00_data.ipynb', old, new)
         assert follow(lessons).said == [FOLLOWS.strip()]
         times.append(int(module.stat().st_mtime))
     assert times == sorted(set(times))
@@ -144,26 +144,26 @@ def test_what_was_written_into_a_module_by_hand_is_not_lost(checkout):
 def test_a_copy_of_a_lesson_is_not_followed(checkout):
     for name in ('00_data-Copy1.ipynb', '00_data_old.ipynb'):
         shutil.copy(checkout/'nbs/00_data.ipynb', checkout/'nbs'/name)
-        edit(checkout/'nbs'/name, 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
+        edit(checkout/'nbs'/name, '#0072B2', '#0090B2')
     assert follow(lessons_at(checkout)) == ([
         '00_data-Copy1 is not followed: cxr_lab.data is 00_data.ipynb',
         '00_data_old is not followed: cxr_lab.data is 00_data.ipynb'], [])
-    assert 'MAX_PIXELS = 100' in (checkout/'cxr_lab/data.py').read_text()
+    assert '#0072B2' in (checkout/'cxr_lab/data.py').read_text()
 
 def test_a_lesson_of_ones_own_has_a_module(checkout):
-    cells = ('#| default_exp mine', '#| export\nfrom cxr_lab.data import CLASSES')
+    cells = ('#| default_exp mine', '#| export\nfrom cxr_lab.data import COLORS')
     cells = [dict(cell_type='code', id=f'c{i}', metadata={}, execution_count=None, outputs=[], source=s)
              for i, s in enumerate(cells)]
     notebook = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
     (checkout/'nbs/10_mine.ipynb').write_text(json.dumps(notebook))
-    out, err = python('from cxr_lab.mine import CLASSES; print(*CLASSES)', checkout, checkout)
+    out, err = python('from cxr_lab.mine import COLORS; print(*COLORS)', checkout, checkout)
     assert (out, err) == ('NORMAL PNEUMONIA\n', '10_mine was edited: cxr_lab.mine follows it\n')
 
 def test_what_works_for_another_process_exports_nothing(checkout, tmp_path):
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
+    edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
     worker = edits.for_children(lessons_at(checkout))
-    assert python(SHOW, tmp_path, checkout, **worker) == ('100000000\n', '')
-    assert python(SHOW, tmp_path, checkout) == ('90000000\n', FOLLOWS)
+    assert python(SHOW, tmp_path, checkout, **worker) == ('#0072B2\n', '')
+    assert python(SHOW, tmp_path, checkout) == ('#0090B2\n', FOLLOWS)
 
 def test_a_running_kernel_hears_of_an_edit(checkout):
     from jupyter_client.manager import start_new_kernel
@@ -177,11 +177,11 @@ def test_a_running_kernel_hears_of_an_edit(checkout):
         assert reply['content']['status'] == 'ok', reply
         return ''.join(printed)
     try:
-        assert execute(SHOW) == '100000000\n'
-        edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
+        assert execute(SHOW) == '#0072B2\n'
+        edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
         said = '00_data was edited: cxr_lab.data follows it; restart the kernel, which has the earlier one\n'
         assert execute('print(1)') == said + '1\n'
-        assert execute(SHOW) == '100000000\n', 'it has, and the line was not repeated'
+        assert execute(SHOW) == '#0072B2\n', 'it has, and the line was not repeated'
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
@@ -199,26 +199,26 @@ def installed(repo, tmp_path):
     return site
 
 def test_in_a_checkout_its_modules_come_before_the_installed_ones(checkout, installed):
-    edit(checkout/'nbs/00_data.ipynb', 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
-    assert python(SHOW, checkout/'nbs', installed) == ('90000000\n', FOLLOWS)
+    edit(checkout/'nbs/00_data.ipynb', '#0072B2', '#0090B2')
+    assert python(SHOW, checkout/'nbs', installed) == ('#0090B2\n', FOLLOWS)
     where = 'from cxr_lab.pipeline import notebooks_dir; print(notebooks_dir())'
     assert python(where, checkout/'nbs/lab', installed) == (f'{checkout/"nbs"}\n', '')
-    assert 'MAX_PIXELS = 100' in (installed/'cxr_lab/data.py').read_text()
+    assert '#0072B2' in (installed/'cxr_lab/data.py').read_text()
 
 def test_a_folder_of_lessons(installed, tmp_path):
     code, err = cli(tmp_path, installed, 'lessons', 'mine')
     mine = tmp_path/'mine'
     assert (code, err) == (0, '') and lessons_of(mine) == (mine, mine, mine/'cxr_lab')
-    assert python(SHOW, mine, installed) == ('100000000\n', '')
-    edit(mine/'00_data.ipynb', 'MAX_PIXELS = 100', 'MAX_PIXELS = 90')
-    assert python(SHOW, mine, installed) == ('90000000\n', FOLLOWS)
+    assert python(SHOW, mine, installed) == ('#0072B2\n', '')
+    edit(mine/'00_data.ipynb', '#0072B2', '#0090B2')
+    assert python(SHOW, mine, installed) == ('#0090B2\n', FOLLOWS)
     assert [path.name for path in (mine/'cxr_lab').glob('*.py')] == ['data.py']
     where = 'from cxr_lab.pipeline import notebooks_dir; print(notebooks_dir())'
     assert python(where, mine, installed) == (f'{mine}\n', '')
-    assert python(SHOW, tmp_path, installed) == ('100000000\n', ''), 'elsewhere nothing has changed'
-    edit(mine/'00_data.ipynb', 'MAX_PIXELS = 90', 'MAX_PIXELS = 100')
+    assert python(SHOW, tmp_path, installed) == ('#0072B2\n', ''), 'elsewhere nothing has changed'
+    edit(mine/'00_data.ipynb', '#0090B2', '#0072B2')
     back = '00_data was edited: cxr_lab.data is the installed one again\n'
-    assert python(SHOW, mine, installed) == ('100000000\n', back)
+    assert python(SHOW, mine, installed) == ('#0072B2\n', back)
     assert not list((mine/'cxr_lab').glob('*.py'))
 
 def test_a_run_says_whose_lessons_run_where_that_is_a_question(installed, tmp_path):
@@ -237,7 +237,7 @@ def test_of_other_lessons_the_code_is_theirs(checkout, repo):
     explore = checkout/'nbs/01_explore.ipynb'
     ours, before = notebook_code(repo/'nbs/01_explore.ipynb'), notebook_code(explore)
     assert before == ours, 'a copy has the same code'
-    edit(checkout/'nbs/00_data.ipynb', "CLASSES = ('NORMAL', 'PNEUMONIA')",
+    edit(checkout/'nbs/lab/runs.ipynb', "CLASSES = ('NORMAL', 'PNEUMONIA')",
          "CLASSES = ('NORMAL', 'OPACITY')")
     assert follow(lessons_at(checkout)).broken == []
     assert changed(before[0], notebook_code(explore)[0]) == ['CLASSES[1]', '_MEMBER']

@@ -9,7 +9,7 @@ from PIL import Image
 
 import cxr_lab
 import site_check
-from cxr_lab.data import CLASSES
+from cxr_lab.runs import CLASSES
 from cxr_lab.explorable import (
     EXPLORER, environment, explorer, framed, page_data, page_part, sprite)
 from cxr_lab.kept import code_of

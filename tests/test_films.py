@@ -12,18 +12,15 @@ from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Ex
                          JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLosslessSV1, JPEGLSLossless, RLELossless)
 
 from cxr_lab import films
-from cxr_lab.data import ASPECTS, pixel_cache, read_pixels
-from cxr_lab.films import SUFFIXES, Refused, film_square, find_films, read_film
+from cxr_lab.films import (ASPECTS, Refused, SUFFIXES, film_square, find_films, open_image, read_film,
+                           read_file, read_pixels, read_start, square, to_gray)
+from cxr_lab.images import pixel_cache
 from cxr_lab.phantom import make_phantom
+from layouts import encoded, gray
 
 XRAY = make_phantom(5, 1, size=96).image
 DEEP = (300 + 14. * XRAY + np.arange(96)).astype(np.uint16)  # 12 bits
 EXAMPLES = Path(pydicom.__file__).parent/'data'/'test_files'
-
-def encoded(a, form, **options):
-    buffer = io.BytesIO()
-    (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(buffer, form, **options)
-    return buffer.getvalue()
 
 def dicom(a, bits=None, syntax=ExplicitVRLittleEndian, stream=None, **header):
     "A DICOM file that stores `a` as it is, or holds a compressed stream."
@@ -57,6 +54,111 @@ def table(data, bits, first=0, vr='US', **more):
     return pydicom.Sequence([item])
 
 def same(a, b): return a.shape == b.shape and a.dtype == b.dtype and (a == b).all()
+
+
+# Forms of an image
+
+RAMP = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1))
+
+RGB = np.dstack([RAMP] * 3)
+
+FORMS = {'gray JPEG': (encoded(RAMP, quality=95), 3), 'RGB JPEG': (encoded(RGB, quality=95), 3), 'CMYK JPEG': (encoded(Image.fromarray(RGB).convert('CMYK'), quality=95), 6),
+         'gray PNG': (encoded(RAMP, 'PNG'), 0), 'RGB PNG': (encoded(RGB, 'PNG'), 1), '16-bit PNG': (encoded(RAMP.astype(np.uint16) * 257, 'PNG'), 1),
+         '16-bit TIFF': (encoded(RAMP.astype(np.uint16) * 257, 'TIFF'), 1), '12 bits in 16': (encoded(RAMP.astype(np.uint16) << 4, 'PNG'), 1),
+         '32-bit TIFF': (encoded(RAMP.astype(np.int32) << 4, 'TIFF'), 1), 'palette PNG': (encoded(Image.fromarray(RAMP).convert('P'), 'PNG'), 1),
+         'palette GIF': (encoded(Image.fromarray(RAMP), 'GIF'), 1), 'opaque RGBA': (encoded(np.dstack([RGB, np.full_like(RAMP, 255)]), 'PNG'), 1),
+         'opaque gray + alpha': (encoded(Image.merge('LA', [Image.fromarray(RAMP), Image.new('L', (64, 48), 255)]), 'PNG'), 1),
+         'CMYK TIFF': (encoded(Image.fromarray(RGB).convert('CMYK'), 'TIFF'), 1), 'bilevel PNG': (encoded(Image.fromarray(RAMP > 127), 'PNG'), None)}
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('aspect', ASPECTS)
+def test_every_form_becomes_the_same_uint8(name, aspect):
+    content, tolerance = FORMS[name]
+    out = read_pixels(content, 32, aspect)
+    assert out.shape == (1, 32, 32) and out.dtype == np.uint8
+    truth = RAMP if tolerance is not None else (RAMP > 127).astype(np.uint8) * 255
+    difference = np.abs(out.astype(int) - square(Image.fromarray(truth), 32, aspect)).max()
+    assert difference <= (tolerance or 0)
+
+def test_transparent_is_black():
+    clear = np.dstack([np.full((8, 8, 3), 200, np.uint8), np.zeros((8, 8), np.uint8)])
+    assert not np.asarray(to_gray(Image.fromarray(clear))).any()
+    palette = Image.fromarray(np.full((8, 8), 200, np.uint8)).convert('P')
+    assert not open_image(encoded(palette, 'PNG', transparency=palette.getpixel((0, 0)))).getbbox()
+
+def test_a_black_16_bit_image_stays_black_and_8_bits_are_not_stretched():
+    assert not np.asarray(to_gray(Image.fromarray(np.zeros((4, 4), np.uint16)))).any()
+    assert np.asarray(to_gray(Image.fromarray(np.full((4, 4), 90, np.uint16)))).max() == 90
+    assert np.asarray(to_gray(Image.fromarray(np.array([[-5, 300]], np.int32)))).tolist() == [[0, 150]]
+
+@pytest.mark.parametrize('w,h,size', [(2000, 1500, 128), (2000, 1500, 64), (1600, 1000, 224), (900, 2000, 128), (257, 256, 128), (3000, 700, 128)])
+def test_reduced_decoding_loses_nothing(w, h, size):
+    "Against decoding every pixel: not more than rounding, also where there is fine detail."
+    rng = np.random.default_rng(0)
+    fine = gray(w, h).astype(int) + rng.integers(-30, 30, (h, w)) + 20 * (np.indices((h, w)).sum(0) // 8 % 2)
+    content = encoded(fine.clip(0, 255).astype(np.uint8), quality=90)
+    for aspect in ASPECTS:
+        full, reduced = square(open_image(content), size, aspect).astype(int), read_pixels(content, size, aspect).astype(int)
+        assert np.abs(full - reduced).mean() < 1 and np.abs(full - reduced).max() <= 8
+    assert min(open_image(content, at_least=2 * size).size) >= min(2 * size, h, w), 'never below what is needed'
+
+def test_large_jpegs_are_decoded_at_reduced_scale():
+    assert open_image(encoded(gray(2000, 1600)), at_least=256).size == (500, 400)
+
+def test_aspect_rules():
+    wide = np.zeros((20, 40), np.uint8); wide[:, 10:30] = 200
+    image = Image.fromarray(wide)
+    assert (square(image, 20, 'crop') == 200).mean() > .85, 'the middle square'
+    pad = square(image, 20, 'pad')[0]
+    assert not pad[:5].any() and not pad[15:].any() and pad[5:15, 7:13].min() == 200
+    stretch = square(image, 20)[0]
+    assert stretch[:, 7:13].min() == 200 and not stretch[:, :3].any()
+    tall = square(Image.fromarray(wide.T.copy()), 20, 'pad')[0]
+    assert (tall == pad.T).all()
+    with pytest.raises(ValueError, match="aspect='fit'; known: stretch, pad, crop"): square(image, 20, 'fit')
+    for aspect in ASPECTS: assert square(Image.fromarray(np.full((1, 500), 9, np.uint8)), 16, aspect).max() == 9, 'a line of pixels does not vanish'
+
+def test_luma_is_what_a_jpeg_stores():
+    "Colors too: the first component of the file, not a detour over RGB with its rounding; the same at every scale."
+    rng = np.random.default_rng(0)
+    colors = Image.fromarray(np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((16, 16, 1))).astype(np.uint8))
+    content = encoded(colors, quality=95)
+    stored = Image.open(io.BytesIO(content)); stored.draft('YCbCr', None)
+    assert (np.asarray(open_image(content)) == np.asarray(stored)[..., 0]).all()
+    assert np.abs(np.asarray(open_image(content)).astype(int) - np.asarray(colors.convert('L'))).mean() < 3, 'and that is luma'
+
+def test_white_may_be_zero():
+    "TIFF, photometric interpretation 0: the numbers are of darkness."
+    for bits, a in ((8, RAMP), (16, RAMP.astype(np.uint16) * 257)):
+        negative = encoded(Image.fromarray(a if bits == 8 else a.max() - a), 'TIFF', tiffinfo={262: 0})  # with 8 bits Pillow turns the numbers around by itself
+        assert np.abs(np.asarray(open_image(negative)).astype(int) - RAMP).max() <= 1, bits
+
+def test_a_truncated_large_jpeg_is_found_at_reduced_scale_too():
+    content = encoded(np.random.default_rng(0).integers(0, 255, (1000, 1400), np.uint8), quality=60)
+    for cut in (.3, .9, .999):
+        with pytest.raises(ValueError, match='damaged image'): open_image(content[:int(cut * len(content))], at_least=64)
+
+@pytest.mark.filterwarnings('ignore')
+def test_damaged_bytes_never_raise_anything_but_value_error():
+    rng, forms = np.random.default_rng(0), {}
+    for form, options in [('JPEG', {}), ('PNG', {}), ('TIFF', {}), ('GIF', {}), ('BMP', {}), ('WEBP', {}), ('PPM', {}), ('TIFF', dict(compression='tiff_lzw'))]:
+        forms[form + str(options)] = encoded(gray(), form, **options)
+    unexpected = {}
+    for name, content in forms.items():
+        for trial in range(150):
+            bad = bytearray(content)
+            for _ in range(rng.integers(1, 6)): bad[rng.integers(min(len(bad), 200 if trial % 2 else len(bad)))] = rng.integers(256)
+            try: out = read_pixels(bytes(bad), 16)
+            except ValueError: continue
+            except Exception as e: unexpected[f'{name} {type(e).__name__}'] = str(e)
+            else: assert out.shape == (1, 16, 16) and out.dtype == np.uint8
+    assert not unexpected
+
+def test_reading_the_start_of_a_file(tmp_path):
+    (tmp_path/'a').write_bytes(b'0123456789'); (tmp_path/'b').touch()
+    assert read_start(tmp_path/'a', 4) == (10, b'0123') and read_start(tmp_path/'a', 40) == (10, b'0123456789') and read_file(tmp_path/'a', 10) == b'0123456789'
+    for wrong, match in [((tmp_path/'a', 9), '10 bytes, more than 9'), ((tmp_path/'b',), 'empty'), ((tmp_path,), 'a folder'), (('a\0b',), 'no such file'), (('\ud800',), 'no such file')]:
+        with pytest.raises(ValueError, match=match): read_file(*wrong)
 
 
 # Pictures

@@ -14,12 +14,13 @@ from PIL import Image
 from threadpoolctl import threadpool_info
 
 from cxr_lab import predict as P
-from cxr_lab.data import CLASSES, Dataset, Source, pixel_cache, split_validation, square
-from cxr_lab.films import Refused
+from cxr_lab.data import Dataset, split_validation
+from cxr_lab.films import Refused, square
 from cxr_lab.gradcam import explain as gradcam_explain
+from cxr_lab.images import Source, pixel_cache
 from cxr_lab.masked import look_at_all
 from cxr_lab.model import build_model, load_model, overfit_one_batch, save_model
-from cxr_lab.runs import read_json, read_predictions, write_json
+from cxr_lab.runs import CLASSES, read_json, read_predictions, write_json
 from cxr_lab.train import predict as lesson_predict
 
 INFO = dict(model='small', image_size=32, aspect='stretch', threshold=.45, trained_on='phantom')

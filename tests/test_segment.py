@@ -12,7 +12,9 @@ from scipy.spatial.distance import dice as dice_distance, jaccard
 
 import cxr_lab
 from cxr_lab import segment as seg
-from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation, square
+from cxr_lab.data import Dataset, index_images, split_validation
+from cxr_lab.films import square
+from cxr_lab.images import Source, pixel_cache
 from cxr_lab.kept import changed, code_of, only_since
 from cxr_lab.runs import MissingUpstream, Step, read_json
 from cxr_lab.segment import (Masks, Segmenter, agreement, agreement_scores, borrow_masks, build_unet, dice, draw_outlines, implausible, iou, load_masks, load_segmenter, lung_outlines,
@@ -372,7 +374,8 @@ def test_the_shipped_network_on_real_children_it_was_not_trained_on(real_data):
     if not SHIPPED.is_file(): pytest.skip('cxr_lab/weights/lungs.keras has not been made yet')
     if not (real_data/'lung_masks').is_dir(): pytest.skip('no human outlines here')
     segmenter, files = load_segmenter(), sorted((real_data/'chest_xray'/'train').rglob('*.jpeg'))
-    from cxr_lab.data import patient_of, read_pixels
+    from cxr_lab.data import patient_of
+    from cxr_lab.films import read_pixels
     held_out = [f for f in files if patient_of(f.name) in set(segmenter.card['held_out'])][::16]
     index = pd.DataFrame(dict(path=[f.relative_to(real_data/'chest_xray').as_posix() for f in held_out], width=224, height=224, label=[int('PNEUMONIA' in str(f)) for f in held_out]))
     outlines, have = lung_outlines(Source('kermany', real_data/'chest_xray', real_data/'lung_masks'), index, 256)

@@ -12,11 +12,13 @@ from sklearn.covariance import LedoitWolf
 
 import cxr_lab
 from cxr_lab import unusual
-from cxr_lab.data import Dataset, Source, index_images, pixel_cache, split_validation
+from cxr_lab.data import Dataset, index_images, split_validation
+from cxr_lab.images import Source, pixel_cache
 from cxr_lab.model import build_model, load_model
 from cxr_lab.runs import read_json
 from cxr_lab.tsne import embed
-from cxr_lab.unusual import POSES, Unusual, choose_thresholds, fit_unusual, layout, pose, standard_size, texture_and_values, weights_digest
+from cxr_lab.unusual import (POSES, Unusual, choose_thresholds, fit_unusual, layout, pose,
+                             standard_size, texture_and_values, weights_digest)
 
 WEIGHTS = Path(cxr_lab.__file__).parent/'weights'
 
@@ -252,7 +254,7 @@ def test_phantoms_are_strangers_to_the_shipped_classifier(phantom_root):
 
 def test_real_films(real_data, repo):
     "Some test films and what can be made of them."
-    from cxr_lab.data import read_pixels
+    from cxr_lab.films import read_pixels
     network, usual = load_model(WEIGHTS/'classifier.safetensors')[0], Unusual.load()
     files = [f for c in ('NORMAL', 'PNEUMONIA') for f in sorted((real_data/'chest_xray'/'test'/c).iterdir())[::6]]
     pixels = np.stack([read_pixels(f.read_bytes(), 128) for f in files])

@@ -9,10 +9,10 @@ import requests
 import site_check
 from PIL import Image
 
-from cxr_lab.data import CLASSES
 from cxr_lab.films import read_film
 from cxr_lab.phantom import make_phantom
 from cxr_lab.predict import Explained
+from cxr_lab.runs import CLASSES
 from cxr_lab.webapp import create_app, outline_path, running
 
 LIMIT = 300_000
