@@ -160,6 +160,22 @@ class Source:
 
     def __repr__(self): return f'Source({self.kind!r}, {self.images.name}/)'
 
+    def pictures(self,
+        split: str,  # train | val | test
+        name: str,   # NORMAL | PNEUMONIA
+    ):
+        "Those of a folder that can be read, one by one, by name: gray images of their own size."
+        n, folder = 0, self.images/split/name
+        if not folder.is_dir():
+            raise FileNotFoundError(f'{self.images.name}/{split}/{name}/ is missing; the layout is '
+                                    '{train,val,test}/{NORMAL,PNEUMONIA}/ (val may be absent)')
+        for file in sorted(folder.glob('[!.]*')):
+            try: picture = open_image(read_file(file))
+            except ValueError: continue  # the index names it, and says why
+            n += 1
+            yield picture
+        if not n: raise ValueError(f'{self.images.name}/{split}/{name}/ holds no readable image')
+
 def _beside(images, kind):
     "A source whose masks, if any, lie beside the image folder."
     names = ('lung_masks', 'opacity_masks')

@@ -136,6 +136,7 @@ def test_load_dataset_round_trip(root, tmp_path):
     assert (loaded.index.patient[loaded.rows('test')] == index.patient[index.split == 'test']).all() and list(loaded.labels) == list(index.label)
     assert sorted(np.concatenate([loaded.rows(s) for s in ('train', 'validation', 'test')])) == list(range(12)) and not len(loaded.rows('official_val'))
     assert isinstance(loaded, Dataset)
+    assert repr(loaded) == "Dataset(12 images of 32 x 32 pixels, Source('folder', images/))"
 
 def test_load_dataset_keeps_patient_names_that_look_like_numbers(root, tmp_path):
     names = [f'{i:03d}' for i in range(10)] + ['10', '010']

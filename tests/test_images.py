@@ -436,6 +436,22 @@ def test_find_data_folder_and_masks(root, tmp_path):
     source = find_data(str(tmp_path/'study'))
     assert (source.kind, source.images, source.lung_masks) == ('folder', tmp_path/'study'/'chest_xray', tmp_path/'study'/'lung_masks')
 
+def test_pictures_of_a_source(root):
+    "Whatever else lies in the folder; and where there is none, it is said as the index says it."
+    source = find_data(str(root))
+    folder = root/'train'/'NORMAL'
+    (folder/'.DS_Store').write_bytes(b'x')
+    (folder/'.ipynb_checkpoints').mkdir()
+    (folder/'IM-0000-0000.jpeg').write_bytes(b'no image')
+    pictures = list(source.pictures('train', 'NORMAL'))
+    assert [(p.mode, p.size) for p in pictures] == [('L', (40, 30))] * 3
+    for p in folder.glob('*.jpeg'): p.write_bytes(b'')
+    with pytest.raises(ValueError, match='images/train/NORMAL/ holds no readable image'):
+        next(source.pictures('train', 'NORMAL'))
+    with pytest.raises(FileNotFoundError, match='images/val/NORMAL/ is missing; the layout is'):
+        next(source.pictures('val', 'NORMAL'))
+    assert repr(source) == "Source('folder', images/)"
+
 def test_find_data_never_falls_back(tmp_path, monkeypatch):
     monkeypatch.setattr(images, 'write_phantoms', lambda *a, **k: pytest.fail('phantoms instead of what was asked for'))
     monkeypatch.setattr(images, 'fetch', lambda name: Path('fetched')/name)
