@@ -42,7 +42,7 @@ def plain(network, paths, out=None):
 
 def ours(predictor, paths, out=None):
     "The same by cxr_lab; with `out`, table and provenance are written as well."
-    from cxr_lab.predict import predict_files, read_table
+    from cxr_lab.answers import predict_files, read_table
     if not out: return predictor.predict(paths).probability.tolist()
     predict_files(predictor, paths, out)
     return read_table(out/'predictions.csv').probability.tolist()
@@ -69,7 +69,7 @@ def many(paths, folder, n):
 
 def peak(model, folder, out) -> float:
     "MB at the peak of a process that predicts a folder with heatmaps; Linux only."
-    code = ('import sys; from cxr_lab.predict import *; told = predict_files(Predictor.load(sys.argv[1]), sys.argv[2], sys.argv[3])\n'
+    code = ('import sys; from cxr_lab.answers import *; from cxr_lab.predict import *; told = predict_files(Predictor.load(sys.argv[1]), sys.argv[2], sys.argv[3])\n'
             'print(told["counts"]["read"], next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))/1024)')
     done = subprocess.run([sys.executable, '-c', code, model, folder, out], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr)

@@ -7,14 +7,14 @@ from common import arguments, report
 def loop(plan, work):
     "What one writes first: every notebook of every point, one after the other."
     import papermill
-    from cxr_lab.pipeline import _kernel_manager
+    from cxr_lab.pipeline import plain_kernels
     from cxr_lab.report import write_results
     for point in plan.points:
         run = work/point.name
         for path in plan.notebooks:
             stem = Path(path).stem
             (run/stem).mkdir(parents=True)
-            papermill.execute_notebook(path, str(run/stem/f'{stem}.ipynb'), dict(point.overrides[stem], run_dir=str(run)), progress_bar=False, kernel_name='python3', language='python', kernel_manager_class=_kernel_manager())
+            papermill.execute_notebook(path, str(run/stem/f'{stem}.ipynb'), dict(point.overrides[stem], run_dir=str(run)), progress_bar=False, kernel_name='python3', language='python', kernel_manager_class=plain_kernels())
         write_results(run)
     return [work/p.name for p in plan.points]
 

@@ -18,19 +18,23 @@ import typer
 from . import __version__
 
 # %% ../nbs/lab/cli.ipynb #2ecf29d1
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help='Chest X-ray classification, from image folders to a study that can be rerun.')
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None,
+                  pretty_exceptions_enable=False,
+                  help='Chest X-ray classification, from image folders to a study that can be '
+                       'rerun.')
 
 @contextmanager
 def _exit_codes():
-    "Expected errors become one message on stderr and an exit code; anything else is a bug and keeps its traceback."
+    """Expected errors become one message on stderr and an exit code; anything else is a bug and
+    keeps its traceback."""
     try: yield
     except KeyboardInterrupt as e:
         typer.echo(f'\ncxr-lab: {e}' if str(e) else '\ncxr-lab: interrupted', err=True)
         raise typer.Exit(130) from None
     except (OSError, ValueError, RuntimeError) as e:
         from cxr_lab.pipeline import NotebookFailed, UsageError
-        typer.echo(f'cxr-lab: {e}' + ('\n  then continue with --resume' if isinstance(e, NotebookFailed) else ''), err=True)
+        typer.echo(f'cxr-lab: {e}' + (
+            '\n  then continue with --resume' if isinstance(e, NotebookFailed) else ''), err=True)
         raise typer.Exit(2 if isinstance(e, UsageError) else 1) from None
 
 def _version(asked: bool):
@@ -40,7 +44,8 @@ def _version(asked: bool):
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help='Show the version and exit.')] = False,
+    version: Annotated[bool, typer.Option(
+        '--version', callback=_version, is_eager=True, help='Show the version and exit.')] = False,
 ): pass
 
 # %% ../nbs/lab/cli.ipynb #d5094eaf
@@ -56,22 +61,34 @@ def _pairs(texts):
 
 @app.command()
 def run(
-    notebooks: Annotated[list[str] | None, typer.Argument(help='Which notebooks, e.g. 03_train, 03 or train; all by default.')] = None,
-    data: Annotated[str | None, typer.Option(help='phantom, kermany, pneumoniamnist, or a folder {train,val,test}/{CLASS}/.')] = None,
+    notebooks: Annotated[list[str] | None, typer.Argument(
+        help='Which notebooks, e.g. 03_train, 03 or train; all by default.')] = None,
+    data: Annotated[str | None, typer.Option(
+        help='phantom, kermany, pneumoniamnist, or a folder {train,val,test}/{CLASS}/.')] = None,
     run_dir: Annotated[str, typer.Option(help='The folder of this run.')] = 'runs/default',
     param: Annotated[list[str] | None, typer.Option('-p', '--param', metavar='NAME=VALUE',
-                                                    help='Set a parameter, e.g. -p lr=3e-4 or -p 03_train.epochs=3.')] = None,
-    quick: Annotated[bool, typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
-    resume: Annotated[bool, typer.Option('--resume', help='Skip what is complete, continue what is not.')] = False,
-    fresh: Annotated[bool, typer.Option('--fresh', help='Train and compute again what would be kept: results of the same images, parameters and code.')] = False,
-    nbs: Annotated[str | None, typer.Option(help='Another folder of notebooks; the lessons of the folder you work in, or of the package, by default.')] = None,
+                                                    help='Set a parameter, e.g. -p lr=3e-4 or -p '
+                                                         '03_train.epochs=3.')] = None,
+    quick: Annotated[bool,
+                     typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
+    resume: Annotated[bool, typer.Option(
+        '--resume', help='Skip what is complete, continue what is not.')] = False,
+    fresh: Annotated[bool,
+                     typer.Option('--fresh',
+                                  help='Train and compute again what would be kept: results of '
+                                       'the same images, parameters and code.')] = False,
+    nbs: Annotated[str | None,
+                   typer.Option(
+                       help='Another folder of notebooks; the lessons of the folder you work in, '
+                            'or of the package, by default.')] = None,
 ):
     "Run the notebooks in order, headless, into a run folder."
     with _exit_codes():
         from cxr_lab.pipeline import run_pipeline
         from cxr_lab.report import results_markdown
         from cxr_lab.runs import read_json
-        folder = run_pipeline(notebooks, run_dir, data=data, params=_pairs(param), quick=quick, resume=resume, fresh=fresh, nbs=nbs)
+        folder = run_pipeline(notebooks, run_dir, data=data, params=_pairs(param), quick=quick,
+                              resume=resume, fresh=fresh, nbs=nbs)
         results = read_json(folder/'results.json')
         if results['rows']: typer.echo(results_markdown(results) + '\n')
         typer.echo(f'results: {(folder/"results.json").as_posix()}')
@@ -80,7 +97,8 @@ def run(
 # %% ../nbs/lab/cli.ipynb #246542a1
 @app.command('lessons')
 def lessons_to_work_in(
-    folder: Annotated[str, typer.Argument(metavar='FOLDER', help='Where to; made if it is not there.')],
+    folder: Annotated[str,
+                      typer.Argument(metavar='FOLDER', help='Where to; made if it is not there.')],
 ):
     "Put the lessons into a folder of your own: what you change there is what runs there."
     with _exit_codes():
@@ -114,28 +132,55 @@ def fetch(name: Annotated[Dataset, typer.Argument(help='Which data set.')] = Dat
 
 @app.command()
 def sweep(
-    notebooks: Annotated[list[str] | None, typer.Argument(help='Which notebooks; those that they read are added; all by default.')] = None,
-    param: Annotated[list[str] | None, typer.Option('-p', '--param', metavar='NAME=VALUES', help='Vary a parameter, e.g. -p lr=1e-3,3e-4 or -p 03_train.seed=0:5; one value sets it in all points.')] = None,
-    config: Annotated[str | None, typer.Option(help='A YAML file: notebooks, data, quick, params, grid, points, needs, baseline.')] = None,
+    notebooks: Annotated[list[str] | None, typer.Argument(
+        help='Which notebooks; those that they read are added; all by default.')] = None,
+    param: Annotated[list[str] | None,
+                     typer.Option('-p', '--param', metavar='NAME=VALUES',
+                                  help='Vary a parameter, e.g. -p lr=1e-3,3e-4 or -p '
+                                       '03_train.seed=0:5; one value sets it in all '
+                                       'points.')] = None,
+    config: Annotated[str | None, typer.Option(
+        help='A YAML file: notebooks, data, quick, params, grid, points, needs, baseline.')] = None,
     out: Annotated[str, typer.Option(help='The folder of the sweep.')] = 'runs/sweep',
     data: Annotated[str | None, typer.Option(help='As for run.')] = None,
-    quick: Annotated[bool, typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
-    baseline: Annotated[list[str] | None, typer.Option(metavar='NAME=VALUE', help='What the other points are compared to, e.g. --baseline lr=3e-4.')] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help='Steps at a time on this machine; as many as fit its cores and memory by default.')] = None,
-    scheduler: Annotated[str | None, typer.Option(metavar='ADDRESS', help='A Dask scheduler whose workers see the same files, e.g. tcp://host:8786, instead of workers here.')] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help='Per step; as many as fit by default.')] = None,
-    resume: Annotated[bool, typer.Option('--resume', help='Go on with the sweep in the folder: do what is missing, failed or changed.')] = False,
-    keep_going: Annotated[bool, typer.Option('--keep-going', help='Go on with other points when one fails.')] = False,
-    dry_run: Annotated[bool, typer.Option('--dry-run', help='Show the graph of steps and what sharing saves; run nothing.')] = False,
-    nbs: Annotated[str | None, typer.Option(help="A folder of notebooks; the package's lessons by default.")] = None,
+    quick: Annotated[bool,
+                     typer.Option('--quick', help='Few images, few epochs, one seed.')] = False,
+    baseline: Annotated[list[str] | None,
+                        typer.Option(metavar='NAME=VALUE',
+                                     help='What the other points are compared to, e.g. --baseline '
+                                          'lr=3e-4.')] = None,
+    workers: Annotated[int | None,
+                       typer.Option(min=1,
+                                    help='Steps at a time on this machine; as many as fit its '
+                                         'cores and memory by default.')] = None,
+    scheduler: Annotated[str | None,
+                         typer.Option(metavar='ADDRESS',
+                                      help='A Dask scheduler whose workers see the same files, '
+                                           'e.g. tcp://host:8786, instead of workers '
+                                           'here.')] = None,
+    threads: Annotated[int | None,
+                       typer.Option(min=1, help='Per step; as many as fit by default.')] = None,
+    resume: Annotated[bool,
+                      typer.Option('--resume',
+                                   help='Go on with the sweep in the folder: do what is missing, '
+                                        'failed or changed.')] = False,
+    keep_going: Annotated[bool, typer.Option(
+        '--keep-going', help='Go on with other points when one fails.')] = False,
+    dry_run: Annotated[bool, typer.Option(
+        '--dry-run', help='Show the graph of steps and what sharing saves; run nothing.')] = False,
+    nbs: Annotated[str | None, typer.Option(
+        help="A folder of notebooks; the package's lessons by default.")] = None,
 ):
     "Run the notebooks at many settings, shared steps once, on all cores or a cluster."
     with _exit_codes():
         from cxr_lab import sweep as sweeps
         from cxr_lab.pipeline import UsageError
-        if scheduler and workers: raise UsageError('--workers is for this machine: a scheduler has its own')
+        if scheduler and workers:
+            raise UsageError('--workers is for this machine: a scheduler has its own')
         asked = sweeps.with_options(sweeps.read_config(config) if config else {}, _pairs(param))
-        plan = sweeps.plan_sweep(notebooks or asked.get('notebooks'), asked['grid'], asked.get('points'), asked['params'], data or asked.get('data'), quick or asked.get('quick', False), nbs,
+        plan = sweeps.plan_sweep(notebooks or asked.get('notebooks'), asked['grid'],
+                                 asked.get('points'), asked['params'], data or asked.get('data'),
+                                 quick or asked.get('quick', False), nbs,
                                  asked.get('needs'), _pairs(baseline) or asked.get('baseline'))
         if dry_run: return typer.echo(sweeps.describe_plan(plan, out))
         folder = sweeps.sweep(plan, out, workers, scheduler, threads, resume, keep_going)
@@ -143,47 +188,81 @@ def sweep(
 
 @app.command()
 def table(
-    runs: Annotated[list[str], typer.Argument(metavar='RUN...', help='Run folders, or folders of sweeps.')],
+    runs: Annotated[list[str],
+                    typer.Argument(metavar='RUN...', help='Run folders, or folders of sweeps.')],
     csv: Annotated[str | None, typer.Option(help='Also write the table to this file.')] = None,
-    tidy: Annotated[str | None, typer.Option(metavar='FILE', help='Write every metric, one per row, to this .csv or .parquet file.')] = None,
-    summary: Annotated[bool, typer.Option('--summary', help='Show means over seeds, standard deviations and 95 % intervals of all metrics instead.')] = False,
-    baseline: Annotated[list[str] | None, typer.Option(metavar='NAME=VALUE', help='Show paired differences to the runs with this value instead.')] = None,
+    tidy: Annotated[str | None,
+                    typer.Option(metavar='FILE',
+                                 help='Write every metric, one per row, to this .csv or .parquet '
+                                      'file.')] = None,
+    summary: Annotated[bool,
+                       typer.Option('--summary',
+                                    help='Show means over seeds, standard deviations and 95 % '
+                                         'intervals of all metrics instead.')] = False,
+    baseline: Annotated[list[str] | None,
+                        typer.Option(metavar='NAME=VALUE',
+                                     help='Show paired differences to the runs with this value '
+                                          'instead.')] = None,
 ):
-    "One row per run, experiment and threshold rule: the parameters that differ, and the test metrics."
+    """One row per run, experiment and threshold rule: the parameters that differ, and the test
+    metrics."""
     with _exit_codes():
-        from cxr_lab import sweep as sweeps
+        from cxr_lab import tables
         from cxr_lab.pipeline import UsageError
         from cxr_lab.report import runs_table
         from cxr_lab.runs import atomic_path
         try:
-            metrics = sweeps.tidy_table(runs) if tidy or summary or baseline else None
-            found = sweeps.compare_to(metrics, _pairs(baseline)) if baseline else sweeps.summarize(metrics) if summary else runs_table(sweeps.run_folders(runs))
+            metrics = tables.tidy_table(runs) if tidy or summary or baseline else None
+            if baseline: found = tables.compare_to(metrics, _pairs(baseline))
+            elif summary: found = tables.summarize(metrics)
+            else: found = runs_table(tables.run_folders(runs))
         except FileNotFoundError as e: raise UsageError(str(e)) from None
-        if tidy: sweeps.write_table(metrics, tidy)
+        if tidy: tables.write_table(metrics, tidy)
         if csv:
-            with atomic_path(csv) as temporary: found.to_csv(temporary, index=False, float_format='%.8g', lineterminator='\n')
+            with atomic_path(csv) as temporary:
+                found.to_csv(temporary, index=False, float_format='%.8g', lineterminator='\n')
         typer.echo(found.to_string(index=False, na_rep='', float_format='{:.4f}'.format))
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(metavar='IMAGE...', help='Files, folders and patterns: JPEG, PNG, TIFF, DICOM.')],
-    model: Annotated[str | None, typer.Option(help='A model file or a run; the model that comes with the package by default.')] = None,
-    out: Annotated[str, typer.Option(help='The folder for predictions.csv, heatmaps and report.html.')] = 'predictions',
-    threshold: Annotated[str, typer.Option(help="PNEUMONIA from this probability on, or 'validation': the one that the model's training chose.")] = 'validation',
-    segment: Annotated[bool, typer.Option('--segment', help="Find the lungs, too: draw their outlines, and warn where they cannot be right.")] = False,
-    heatmaps: Annotated[bool, typer.Option('--heatmaps/--no-heatmaps', help='A picture for each image that shows where the model looked.')] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help='Images that each core takes at a time.')] = 16,
+    images: Annotated[list[str], typer.Argument(
+        metavar='IMAGE...', help='Files, folders and patterns: JPEG, PNG, TIFF, DICOM.')],
+    model: Annotated[str | None, typer.Option(
+        help='A model file or a run; the model that comes with the package by default.')] = None,
+    out: Annotated[str, typer.Option(
+        help='The folder for predictions.csv, heatmaps and report.html.')] = 'predictions',
+    threshold: Annotated[str,
+                         typer.Option(
+                             help="PNEUMONIA from this probability on, or 'validation': the one "
+                                  "that the model's training chose.")] = 'validation',
+    segment: Annotated[bool,
+                       typer.Option('--segment',
+                                    help="Find the lungs, too: draw their outlines, and warn "
+                                         "where they cannot be right.")] = False,
+    heatmaps: Annotated[bool,
+                        typer.Option('--heatmaps/--no-heatmaps',
+                                     help='A picture for each image that shows where the model '
+                                          'looked.')] = True,
+    batch_size: Annotated[int,
+                          typer.Option(min=1, help='Images that each core takes at a time.')] = 16,
     device: Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:1 ...')] = 'auto',
-    strict: Annotated[bool, typer.Option('--strict', help='Exit with 1 if any file could not be read, not only if none could.')] = False,
-    resume: Annotated[bool, typer.Option('--resume', help='Go on where the same command was interrupted.')] = False,
+    strict: Annotated[bool,
+                      typer.Option('--strict',
+                                   help='Exit with 1 if any file could not be read, not only if '
+                                        'none could.')] = False,
+    resume: Annotated[bool, typer.Option(
+        '--resume', help='Go on where the same command was interrupted.')] = False,
 ):
     "What a trained model says about X-rays, and where it looked."
     with _exit_codes():
+        from cxr_lab.answers import predict_files
         from cxr_lab.pages import write_report
-        from cxr_lab.predict import CAVEAT, Predictor, predict_files
+        from cxr_lab.predict import CAVEAT, Predictor
         predictor = Predictor.load(model, device, threshold, segment)
         counts = predict_files(predictor, images, out, heatmaps, batch_size, resume)['counts']
-        if predictor.unusual is None: typer.echo(f'{predictor.file.name} cannot tell unusual images; for a model in a run, `cxr-lab usual` changes that', err=True)
+        if predictor.unusual is None:
+            typer.echo(f'{predictor.file.name} cannot tell unusual images; for a model in a run, '
+                       f'`cxr-lab usual` changes that', err=True)
         typer.echo(', '.join(f'{k} {n}' for k, n in counts.items()))
         typer.echo(f'report: {write_report(out).as_posix()}\n{CAVEAT}')
     if not counts['read'] or strict and counts['unreadable']: raise typer.Exit(1)
@@ -200,22 +279,29 @@ def usual(
 @app.command()
 def export(
     path: Annotated[str, typer.Argument(help='The file to write, *.onnx.')],
-    model: Annotated[str | None, typer.Option(help='A model file or a run; the model that comes with the package by default.')] = None,
+    model: Annotated[str | None, typer.Option(
+        help='A model file or a run; the model that comes with the package by default.')] = None,
 ):
     "Write a model as ONNX."
     with _exit_codes():
-        from cxr_lab.predict import export_onnx
+        from cxr_lab.export import export_onnx
         told = export_onnx(model, path)
         typer.echo(f"{path}: {told['model']}, images of {told['image_size']} px, {told['scaling']}")
 
 @app.command('app')
 def local_page(
-    model: Annotated[str | None, typer.Option(help='A model file or a run; the model that comes with the package by default.')] = None,
-    threshold: Annotated[str, typer.Option(help="PNEUMONIA from this probability on, or 'validation'.")] = 'validation',
+    model: Annotated[str | None, typer.Option(
+        help='A model file or a run; the model that comes with the package by default.')] = None,
+    threshold: Annotated[str, typer.Option(
+        help="PNEUMONIA from this probability on, or 'validation'.")] = 'validation',
     device: Annotated[str, typer.Option(help='auto, cpu, cuda, cuda:1 ...')] = 'auto',
-    host: Annotated[str, typer.Option(help='The address to listen on; the default cannot be reached from other computers.')] = '127.0.0.1',
+    host: Annotated[str,
+                    typer.Option(
+                        help='The address to listen on; the default cannot be reached from other '
+                             'computers.')] = '127.0.0.1',
     port: Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free.')] = 8765,
-    browser: Annotated[bool, typer.Option('--browser/--no-browser', help='Open the page in the browser.')] = True,
+    browser: Annotated[bool, typer.Option(
+        '--browser/--no-browser', help='Open the page in the browser.')] = True,
 ):
     "A local page: drop an X-ray, see probability, heatmap and lungs. Nothing is stored."
     with _exit_codes():
@@ -228,7 +314,8 @@ def publish(
     run: Annotated[str, typer.Argument(help='A completed run.')],
     nbs: Annotated[str, typer.Option(help='The source notebooks.')] = 'nbs',
 ):
-    "For maintainers: move a run's outputs and results into the source notebooks, after checking both."
+    """For maintainers: move a run's outputs and results into the source notebooks, after checking
+    both."""
     with _exit_codes():
         from cxr_lab import report
         from cxr_lab.pipeline import UsageError

@@ -85,7 +85,8 @@ def _on_grid(points):
     return (points / points.max() * _GRID).round().astype(int)
 
 def page_data(
-    tables: dict,           # model -> DataFrame: path, split, probability, and what `groups_of` asks for
+    # model -> DataFrame: path, split, probability, and what `groups_of` asks for
+    tables: dict,
     maps: dict,             # model -> (N,2)
     titles: dict,           # model -> title
     pixels: np.ndarray,     # (N,1,H,W) uint8
@@ -99,14 +100,16 @@ def page_data(
     table = next(iter(tables.values()))
     if any(not t.path.equals(table.path) for t in tables.values()):
         raise ValueError('the tables are not about the same images in the same order')
-    def codes(t, by): return groups_of(t, by).map({g: i for i, g in enumerate(palettes[by])}).tolist()
+    def codes(t, by):
+        return groups_of(t, by).map({g: i for i, g in enumerate(palettes[by])}).tolist()
     models = []
     for m, t in tables.items():
         xy, percent = _on_grid(maps[m]), (t.probability * 1000).round().astype(int)
         models.append(dict(title=titles[m], xy=xy.ravel().tolist(), box=xy.max(0).tolist(),
                            answer=codes(t, 'answer'), percent=percent.tolist()))
     groups = {by: codes(table, by) for by in palettes if by != 'answer'}
-    facts = dict(models=models, path=table.path.tolist(), palettes=palettes, groups=groups, note=note)
+    facts = dict(models=models, path=table.path.tolist(), palettes=palettes, groups=groups,
+                 note=note)
     of = table.split.iloc[pictured].unique()
     facts['start'] = of[0] if len(of) == 1 else 'all'  # drawn first: where there are pictures
     if size and len(pictured):

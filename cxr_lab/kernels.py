@@ -12,12 +12,14 @@ from contextlib import contextmanager
 import nbformat
 from filelock import FileLock
 
-from .pipeline import _kernel_manager
+from .pipeline import plain_kernels
 from .report import result_code
 
 # %% ../nbs/lab/kernels.ipynb #cbe8efb5
-WARM = ('cxr_lab', 'cv2', 'matplotlib', 'nbformat', 'numpy', 'pandas', 'PIL', 'pytorch_lightning', 'safetensors',
-        'scipy', 'seaborn', 'sklearn', 'torch', 'torchmetrics', 'torchvision')  # and what lies in them
+WARM = ('cxr_lab', 'cv2', 'matplotlib', 'nbformat', 'numpy', 'pandas', 'PIL', 'pytorch_lightning',
+        'safetensors',
+        # and what lies in them
+        'scipy', 'seaborn', 'sklearn', 'torch', 'torchmetrics', 'torchvision')
 
 def warm_imports(
     notebooks: list,  # paths
@@ -38,8 +40,11 @@ def warm_imports(
 def _threads_env(threads):
     "Environment that keeps every library of a step to so many threads."
     names = ('OMP', 'OPENBLAS', 'MKL', 'NUMEXPR')
-    return {f'{n}_NUM_THREADS': str(threads) for n in names} | {'TF_NUM_INTRAOP_THREADS': str(threads), 'TF_NUM_INTEROP_THREADS': '1', 'OPENCV_FOR_THREADS_NUM': str(threads),
-                                                                'VECLIB_MAXIMUM_THREADS': str(threads), 'LOKY_MAX_CPU_COUNT': str(threads)}
+    return {f'{n}_NUM_THREADS': str(threads) for n in names} | {'TF_NUM_INTRAOP_THREADS': str(
+        threads), 'TF_NUM_INTEROP_THREADS': '1', 'OPENCV_FOR_THREADS_NUM': str(threads),
+                                                                'VECLIB_MAXIMUM_THREADS': str(
+                                                                    threads),
+                                                                'LOKY_MAX_CPU_COUNT': str(threads)}
 
 def _forks(): return sys.platform == 'linux' and not multiprocessing.current_process().daemon
 
@@ -49,12 +54,16 @@ def warm_up(
 ):
     "Starts this worker's process that kernels are forked from; the second time nothing happens."
     os.environ.update(_threads_env(threads) if threads else {})
-    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')  # as a kernel sets it before its imports
-    os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')  # a debugger's advice on stderr, for nobody
-    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')  # looking for a GPU must not initialize CUDA before the fork
+    # as a kernel sets it before its imports
+    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+    # a debugger's advice on stderr, for nobody
+    os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
+    # looking for a GPU must not initialize CUDA before the fork
+    os.environ.setdefault('PYTORCH_NVML_BASED_CUDA_CHECK', '1')
     if not _forks(): return
     from multiprocessing import forkserver
-    multiprocessing.set_forkserver_preload(['cxr_lab.kernels', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'ipykernel.debugger', *modules])
+    multiprocessing.set_forkserver_preload(['cxr_lab.kernels', 'ipykernel.kernelapp',
+                                            'ipykernel.ipkernel', 'ipykernel.debugger', *modules])
     forkserver.ensure_running()
 
 def serve_kernel(
@@ -82,7 +91,8 @@ _STARTING = threading.Lock()
 
 @contextmanager
 def _without_main():
-    "A kernel needs nothing of the script that started the sweep; multiprocessing would run it again in each."
+    """A kernel needs nothing of the script that started the sweep; multiprocessing would run it
+    again in each."""
     with _STARTING:
         main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
         try: yield
@@ -92,8 +102,10 @@ class _Forked:
     "A process of multiprocessing that looks like one of subprocess."
     stdin = stdout = stderr = None
     def __init__(self, *args):
-        from cxr_lab import kernels  # the target by its place in the package, where another process finds it
-        self.process = multiprocessing.get_context('forkserver').Process(target=kernels._forked_kernel, args=args)
+        # the target by its place in the package, where another process finds it
+        from cxr_lab import kernels
+        self.process = multiprocessing.get_context(
+            'forkserver').Process(target=kernels._forked_kernel, args=args)
         with _without_main(): self.process.start()
         self.pid = self.process.pid
     def poll(self): return self.process.exitcode
@@ -105,12 +117,14 @@ class _Forked:
 def kernel_manager(
     lock: str,  # file that a kernel keeps locked while it lives
 ):
-    "A kernel manager class like the pipeline's, whose kernels hold `lock` and are forked where that can be."
+    """A kernel manager class like the pipeline's, whose kernels hold `lock` and are forked where
+    that can be."""
     from jupyter_client.provisioning import LocalProvisioner
-    Usual = _kernel_manager()
+    Usual = plain_kernels()
     class Forking(LocalProvisioner):
         async def launch_kernel(self, cmd, **kwargs):
-            self.process = _Forked(lock, cmd[cmd.index('-f'):], kwargs['env'], kwargs.get('cwd') or os.getcwd())
+            self.process = _Forked(lock, cmd[cmd.index('-f'):], kwargs['env'],
+                                   kwargs.get('cwd') or os.getcwd())
             self.pid = self.pgid = self.process.pid
             self.cwd = kwargs.get('cwd') or os.getcwd()
             return self.connection_info
@@ -119,8 +133,10 @@ def kernel_manager(
             super().__init__(**kwargs)
             if _forks():
                 self.kernel_id = str(uuid.uuid4())
-                self.provisioner = Forking(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+                self.provisioner = Forking(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec,
+                                           parent=self)
     if not _forks():
-        code, usual = 'import sys; from cxr_lab.kernels import serve_kernel; serve_kernel(*sys.argv[1:])', Usual.kernel_spec.argv
+        code = 'import sys; from cxr_lab.kernels import serve_kernel; serve_kernel(*sys.argv[1:])'
+        usual = Usual.kernel_spec.argv
         Usual.kernel_spec.argv = [sys.executable, '-c', code, lock, *usual[usual.index('-f'):]]
     return Manager

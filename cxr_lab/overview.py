@@ -23,7 +23,8 @@ def heading(nb) -> tuple[str, str]:
     title, subtitle = (re.search(rf'^{mark} (.+)$', first, re.M) for mark in '#>')
     return title[1] if title else '', subtitle[1] if subtitle else ''
 
-_TO_NOTEBOOK = re.compile(r'\[([^]]*)\]\((?![a-z]+:)([^)#]+\.ipynb)(#[^)]*)?\)')  # [text](a.ipynb#b)
+# [text](a.ipynb#b)
+_TO_NOTEBOOK = re.compile(r'\[([^]]*)\]\((?![a-z]+:)([^)#]+\.ipynb)(#[^)]*)?\)')
 
 def _link(m):
     "A Markdown link to another notebook: to the page of a lesson, else its text alone."
@@ -51,7 +52,8 @@ def render_lesson(
     from markupsafe import Markup
     from nbconvert import HTMLExporter
     from pygments.formatters import HtmlFormatter
-    logging.getLogger('nbconvert').setLevel(logging.ERROR)  # it warns of pictures without a description
+    # it warns of pictures without a description
+    logging.getLogger('nbconvert').setLevel(logging.ERROR)
     nb = _for_reading(nbformat.read(notebook, 4))
     # Pygments has escaped the code: nbconvert would parse it and clean it again, at the same cost
     exporter = HTMLExporter(template_name='basic', filters={'clean_html': lambda html: html})
@@ -81,20 +83,23 @@ def _lesson(run, source):
     figures = sorted(folder.glob('*.png')) if status else []
     return dict(title=title or stem, subtitle=subtitle, state=state,
                 page=link(render_lesson(notebook)) if status else '',
-                files=[(path.name, link(path)) for path in (shown, folder/'metrics.json') if path.is_file()],
+                files=[(path.name, link(path)) for path in (shown, folder/'metrics.json')
+                       if path.is_file()],
                 figures=[(path.stem.replace('_', ' '), link(path)) for path in figures])
 
 def _table(results):
     "Rows of cells, the head first, and what is to be said of them."
     if not results['rows']: return [], 'None: no classifier has been trained in this run.'
     text, _, note = results_markdown(results, digits=3).partition('\n\n')
-    head, _, *rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines()]
+    head, _, *rows = [[cell.strip() for cell in line.strip('|').split('|')]
+                      for line in text.splitlines()]
     return [head, *rows], note
 
 def write_overview(
     run: Path,                     # the run's folder
     notebooks: list[Path],         # the lessons, run or not
-    results: dict | None = None,   # what results.json holds; None while the run goes on, or if it stopped
+    # what results.json holds; None while the run goes on, or if it stopped
+    results: dict | None = None,
 ) -> Path:                         # <run>/index.html
     "Renders what is complete and new, and writes the page that leads to it."
     lessons = [_lesson(run, path) for path in notebooks]

@@ -17,13 +17,15 @@ from markupsafe import Markup
 from PIL import Image
 
 from . import __version__
+from .answers import read_table
 from .explorable import content_policy, environment, page_part
 from .films import Refused, read_film
-from .predict import CAVEAT, read_table
+from .predict import CAVEAT
 from .runs import CLASSES, atomic_path, progress, read_json
 
 # %% ../nbs/lab/pages.ipynb #6fcdff99
-NOTICE = (f'{CAVEAT} The model knows only images like those it was trained on, and can misjudge others '
+NOTICE = (f'{CAVEAT} The model knows only images like those it was trained on, and can misjudge '
+          f'others '
           'without a warning. A heatmap marks what raised the score, which need not be disease.')
 
 # %% ../nbs/lab/pages.ipynb #23e3f3fd
@@ -31,10 +33,12 @@ THUMBNAILS = 1000  # rows that have pictures
 
 def read_rows(
     file: Path,     # predictions.csv, as `cxr-lab predict` writes it
-) -> list[dict]:    # its columns; `probability` and `threshold` float, or None where there is no answer
+# its columns; `probability` and `threshold` float, or None where there is no answer
+) -> list[dict]:
     "The table's rows, those first that need attention; `ValueError` if it is no such table."
     rows = read_table(file).to_dict('records')
-    for row in rows: row.update((k, None) for k in ('probability', 'threshold') if math.isnan(row[k]))
+    for row in rows:
+        row.update((k, None) for k in ('probability', 'threshold') if math.isnan(row[k]))
     return sorted(rows, key=lambda r: (not r['error'], not r['warning']))  # stable
 
 # %% ../nbs/lab/pages.ipynb #ba29661e
@@ -46,7 +50,9 @@ def data_uri(
     side: int | None = None,  # pixels: the longer side is brought to this, if it is longer
 ) -> str:
     "A picture as an address that holds the picture itself."
-    if side and (scale := side / max(image.shape[:2])) < 1: image = cv2.resize(image, tuple(max(1, round(n * scale)) for n in image.shape[1::-1]), interpolation=cv2.INTER_AREA)
+    if side and (scale := side / max(image.shape[:2])) < 1:
+        image = cv2.resize(image, tuple(max(1, round(n * scale)) for n in image.shape[1::-1]),
+                           interpolation=cv2.INTER_AREA)
     file = io.BytesIO()
     Image.fromarray(image).save(file, 'WEBP', quality=quality)
     return 'data:image/webp;base64,' + base64.b64encode(file.getvalue()).decode()
@@ -69,7 +75,8 @@ def read_plain(
     except Refused: return None
 
 # %% ../nbs/lab/pages.ipynb #17826623
-def _kinds(row): return ['not read'] if row['error'] else [row['label']] + ['unusual'] * bool(row['warning'])
+def _kinds(row):
+    return ['not read'] if row['error'] else [row['label']] + ['unusual'] * bool(row['warning'])
 
 def _pictures(out, row):
     "Thumbnails of a row, with heatmap and without; None for what is not there."
@@ -78,10 +85,12 @@ def _pictures(out, row):
     return [None if p is None else data_uri(p, side=SIDE) for p in (heat, plain)]
 
 def _drawn(out, rows, most):
-    "The rows as the page shows them, with pictures in the first of them, which are read a few rows ahead."
+    """The rows as the page shows them, with pictures in the first of them, which are read a few
+    rows ahead."""
     def ready(row, pictures=(None, None)):
         folder, base = os.path.split(row['path'])
-        return row | dict(base=base, folder=folder, kind=','.join(_kinds(row)), heat=pictures[0], plain=pictures[1])
+        return row | dict(base=base, folder=folder, kind=','.join(_kinds(row)), heat=pictures[0],
+                          plain=pictures[1])
     step = 32
     with ThreadPoolExecutor() as pool:
         for i in progress(range(0, most, step), 'Report', total=-(-most // step)):
@@ -91,11 +100,15 @@ def _drawn(out, rows, most):
 
 def _spoken(numbers, bars, threshold):
     "The histogram in words."
-    at = '' if threshold is None else f', {(numbers >= threshold).sum()} of them at or above the threshold of {threshold:.3g}'
+    at = (''
+          if threshold is None
+          else f', {(numbers >= threshold).sum()} of them at or above the threshold of '
+               f'{threshold:.3g}')
     return f'{len(numbers)} probabilities{at}. The highest bar stands for {bars.max()}.'
 
 def write_report(
-    out: str | os.PathLike,          # holds predictions.csv, provenance.json and heatmaps/, as `predict_files` leaves them
+    # holds predictions.csv, provenance.json and heatmaps/, as `predict_files` leaves them
+    out: str | os.PathLike,
     title: str = 'Chest X-rays: what the model says',
     thumbnails: int = THUMBNAILS,    # rows that have pictures
 ) -> Path:                           # <out>/report.html
@@ -104,13 +117,15 @@ def write_report(
     rows, told = read_rows(out/'predictions.csv'), read_json(out/'provenance.json')
     numbers = np.array([r['probability'] for r in rows if not r['error']])
     bars = np.histogram(numbers, 20, (0, 1))[0]
-    counts = {'All': len(rows)} | {k: sum(k in _kinds(r) for r in rows) for k in (*CLASSES[::-1], 'unusual', 'not read')}
+    counts = {'All': len(rows)} | {k: sum(k in _kinds(r) for r in rows)
+                                   for k in (*CLASSES[::-1], 'unusual', 'not read')}
     thresholds = {r['threshold'] for r in rows if not r['error']}
     threshold = thresholds.pop() if len(thresholds) == 1 else None
     style = page_part('theme.css') + env.get_template('report.css').render(threshold=threshold)
     script, without_script = page_part('report.js'), page_part('report.noscript.css')
     page = env.get_template('report.html').generate(
-        title=title, style=Markup(style), script=Markup(script), without_script=Markup(without_script),
+        title=title, style=Markup(style), script=Markup(script),
+        without_script=Markup(without_script),
         policy=content_policy([style, without_script], [script]),
         notice=NOTICE, classes=CLASSES, version=__version__, counts=counts,
         summary=', '.join(f'{n} {k}' for k, n in counts.items() if n and k != 'All'),
@@ -119,5 +134,7 @@ def write_report(
         pictures=min(thumbnails, len(rows)), rows=_drawn(out, rows, min(thumbnails, len(rows))),
         partial=told.get('complete') is False, created=told.get('created'),
         provenance={k: v for k, v in told.items() if k not in ('caveat', 'complete')})
-    with atomic_path(out/'report.html') as temporary, open(temporary, 'w', encoding='utf-8', newline='\n') as f: f.writelines(page)
+    with atomic_path(out/'report.html') as temporary, open(temporary, 'w', encoding='utf-8',
+                                                           newline='\n') as f:
+        f.writelines(page)
     return out/'report.html'

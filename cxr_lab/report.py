@@ -15,7 +15,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from .runs import atomic_path, outdated, read_json, read_metrics, read_predictions, read_status, write_json
+from .runs import (
+    atomic_path, outdated, read_json, read_metrics, read_predictions, read_status, write_json)
 from .scores import METRICS, score
 
 # %% ../nbs/lab/report.ipynb #328b1b6e
@@ -26,35 +27,43 @@ def _seed_folders(run):
     "(notebook, folder, metrics) of every classifier that the run trained."
     for path in sorted(run.glob('[0-9][0-9]_*/**/seed_*/metrics.json')):
         metrics = read_metrics(path)
-        if 'experiment' in metrics: yield path.relative_to(run).parts[0], path.parent, metrics  # the others are no classifiers
+        # the others are no classifiers
+        if 'experiment' in metrics: yield path.relative_to(run).parts[0], path.parent, metrics
 
 def _row(metrics, rule, where):
     try:
         row = {k: metrics[k] for k in ('experiment', 'seed')}
         row |= {'threshold_rule': rule, 'threshold': .5 if rule == '0.5' else metrics['threshold']}
-        return row | {k: metrics[f'test_{k}{"" if k == "auroc" else RULES[rule]}'] for k in METRICS} | {'n': metrics['n']}
+        return row | {k: metrics[f'test_{k}{"" if k == "auroc" else RULES[rule]}']
+                      for k in METRICS} | {'n': metrics['n']}
     except KeyError as e: raise ValueError(f'{where}: {e.args[0]!r} is missing') from None
 
 def _check_row(row, predictions, where):
     test = predictions[predictions.split == 'test']
-    if len(test) != row['n']: raise ValueError(f'{where}: n is {row["n"]}, predictions.csv has {len(test)} test images')
-    for k, truth in score(test.label.to_numpy(), test.probability.to_numpy(), row['threshold']).items():
+    if len(test) != row['n']:
+        raise ValueError(f'{where}: n is {row["n"]}, predictions.csv has {len(test)} test images')
+    for k, truth in score(test.label.to_numpy(), test.probability.to_numpy(),
+                          row['threshold']).items():
         said = row[k]
         if truth is None and said in (None, 0): continue  # undefined
         if truth is None or said is None or abs(said - truth) > 1e-6:
-            raise ValueError(f'{where}: {k} at threshold rule {row["threshold_rule"]} is {said}, but its predictions.csv gives {truth}')
+            raise ValueError(
+                f'{where}: {k} at threshold rule {row["threshold_rule"]} is {said}, but its '
+                f'predictions.csv gives {truth}')
 
 def result_rows(
     run: Path,      # the run's folder
 ) -> list[dict]:    # one per experiment, seed and threshold rule
-    "The run's test metrics, each checked against the predictions; `ValueError` names the folder that is wrong."
+    """The run's test metrics, each checked against the predictions; `ValueError` names the folder
+    that is wrong."""
     rows, seen = [], {}
     for notebook, folder, metrics in _seed_folders(run):
         if outdated(run, notebook): continue
         where = folder.relative_to(run).as_posix()
         experiment, seed = metrics['experiment'], metrics.get('seed')
         first = seen.setdefault((experiment, seed), where)
-        if first != where: raise ValueError(f'{first} and {where} are both experiment {experiment!r}, seed {seed}')
+        if first != where:
+            raise ValueError(f'{first} and {where} are both experiment {experiment!r}, seed {seed}')
         predictions = read_predictions(folder/'predictions.csv')
         for rule in RULES:
             rows.append(_row(metrics, rule, where))
@@ -70,11 +79,14 @@ def write_results(
     facts = read_json(run/'run.json') if (run/'run.json').is_file() else {}
     rows, names = result_rows(run), sorted(p.name for p in run.glob('[0-9][0-9]_*') if p.is_dir())
     data = facts.get('parameters', {}).get('00_data', {}).get('data')
-    provenance = {'run': run.resolve().name, 'data': Path(data).name if data else None, 'dataset': facts.get('dataset'),
+    provenance = {'run': run.resolve().name, 'data': Path(data).name if data else None,
+                  'dataset': facts.get('dataset'),
                   'seeds': sorted({r['seed'] for r in rows}), 'versions': facts.get('versions', {}),
                   'parameters': _portable(facts.get('parameters', {})),
                   'seconds': {n: s['seconds'] for n in names if (s := read_status(run, n))},
-                  'training_seconds': {n: m['seconds'] for n in names if (run/n/'metrics.json').is_file() and 'seconds' in (m := read_metrics(run/n/'metrics.json'))},
+                  'training_seconds': {n: m['seconds'] for n in names
+                                       if (run/n/'metrics.json').is_file()
+                                       and 'seconds' in (m := read_metrics(run/n/'metrics.json'))},
                   'outdated': [n for n in names if outdated(run, n)]}
     write_json(run/'results.json', {'provenance': provenance, 'rows': rows})
     return run/'results.json'
@@ -88,11 +100,15 @@ def _portable(value):
 def results_table(
     results: dict,     # what `results.json` holds
     metrics=METRICS,   # which columns
-) -> pd.DataFrame:     # one row per experiment and threshold rule: `seeds`, and `<metric>`, `<metric>_sd` for each metric
+# one row per experiment and threshold rule: `seeds`, and `<metric>`, `<metric>_sd` for each metric
+) -> pd.DataFrame:
     "Mean and sample standard deviation over seeds."
-    rows = pd.DataFrame(results['rows'], columns=['experiment', 'seed', 'threshold_rule', 'threshold', *METRICS, 'n'])
-    groups = rows.astype({m: float for m in metrics}).groupby(['experiment', 'threshold_rule'], sort=False)
-    table = groups.agg(seeds=('seed', 'count'), **{k: v for m in metrics for k, v in {m: (m, 'mean'), f'{m}_sd': (m, 'std')}.items()})
+    rows = pd.DataFrame(results['rows'], columns=[
+        'experiment', 'seed', 'threshold_rule', 'threshold', *METRICS, 'n'])
+    groups = rows.astype({m: float for m in metrics}).groupby(['experiment', 'threshold_rule'],
+                                                              sort=False)
+    table = groups.agg(seeds=('seed', 'count'), **{
+        k: v for m in metrics for k, v in {m: (m, 'mean'), f'{m}_sd': (m, 'std')}.items()})
     return table.reset_index()
 
 def results_markdown(
@@ -105,15 +121,20 @@ def results_markdown(
     "A Markdown table, mean ± standard deviation over seeds; says so if the images were generated."
     table = results_table(results, metrics)
     table = table[table.threshold_rule.isin(rules)]
-    if experiments is not None: table = pd.concat([table[table.experiment == e] for e in experiments])
+    if experiments is not None:
+        table = pd.concat([table[table.experiment == e] for e in experiments])
     def cell(row, m):
         mean, sd = row[m], row[f'{m}_sd']
-        return 'undefined' if np.isnan(mean) else f'{mean:.{digits}f}' + ('' if np.isnan(sd) else f' ± {sd:.{digits}f}')
-    head = ['experiment', 'threshold', 'seeds', *[_TITLES.get(m, m.replace('_', ' ')) for m in metrics]]
+        return 'undefined' if np.isnan(
+            mean) else f'{mean:.{digits}f}' + ('' if np.isnan(sd) else f' ± {sd:.{digits}f}')
+    head = ['experiment', 'threshold', 'seeds',
+            *[_TITLES.get(m, m.replace('_', ' ')) for m in metrics]]
     lines = [head, ['---']*3 + ['---:']*len(metrics)]
-    lines += [[r['experiment'], r['threshold_rule'], str(r['seeds']), *[cell(r, m) for m in metrics]] for r in table.to_dict('records')]
+    lines += [[r['experiment'], r['threshold_rule'], str(
+        r['seeds']), *[cell(r, m) for m in metrics]] for r in table.to_dict('records')]
     text = '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-    made = 'phantom' in (results['provenance']['data'], (results['provenance']['dataset'] or {}).get('kind'))
+    made = 'phantom' in (results['provenance']['data'],
+                         (results['provenance']['dataset'] or {}).get('kind'))
     return text + ('\n\nComputed on generated phantoms, not on patients.' if made else '')
 
 _TITLES = {'f1': 'F1', 'auroc': 'AUROC'}
@@ -126,23 +147,29 @@ def runs_table(
     results = {}
     for run in map(Path, runs):
         path = run/'results.json'
-        if not path.is_file(): raise FileNotFoundError(f'{run.as_posix()} has no results.json: it is not a completed run')
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'{run.as_posix()} has no results.json: it is not a completed run')
         results[run.as_posix()] = read_json(path)
-    flat = {name: {f'{nb}.{k}': v for nb, ps in r['provenance']['parameters'].items() for k, v in ps.items()}
+    flat = {name: {
+        f'{nb}.{k}': v for nb, ps in r['provenance']['parameters'].items() for k, v in ps.items()}
             for name, r in results.items()}
     keys = list(dict.fromkeys(k for ps in flat.values() for k in ps))
     differ = [k for k in keys if len({json.dumps(ps.get(k)) for ps in flat.values()}) > 1]
     tables = []
     for name, r in results.items():
         table = results_table(r).drop(columns=[f'{m}_sd' for m in METRICS])
-        if table.empty: table = pd.DataFrame([{c: None for c in table}], dtype=object)  # a run that trained nothing still has its row
+        # a run that trained nothing still has its row
+        if table.empty: table = pd.DataFrame([{c: None for c in table}], dtype=object)
         for k in reversed(differ): table.insert(0, k, [flat[name].get(k)]*len(table))
         table.insert(0, 'run', name)
         tables.append(table.astype(object))
     return pd.concat(tables, ignore_index=True).astype(dict.fromkeys(METRICS, float))
 
 # %% ../nbs/lab/report.ipynb #0f8ee1bd
-def _code_cells(nb): return [c for c in nb.cells if c.cell_type == 'code' and 'injected-parameters' not in c.metadata.get('tags', [])]
+def _code_cells(nb):
+    return [c for c in nb.cells if c.cell_type == 'code'
+            and 'injected-parameters' not in c.metadata.get('tags', [])]
 
 def without_options(
     source: str,  # of a code cell
@@ -153,12 +180,14 @@ def without_options(
 def result_code(
     nb,          # a notebook, as nbformat reads it
 ) -> list[str]:  # the source of each code cell
-    "The code that a notebook's results come from: no cell that papermill added, no options (`#| ...`) at the top of a cell."
+    """The code that a notebook's results come from: no cell that papermill added, no options (`#|
+    ...`) at the top of a cell."""
     return [without_options(c.source) for c in _code_cells(nb)]
 
 # %% ../nbs/lab/report.ipynb #484f6db1
 MAX_BYTES = 1_500_000
-_MACHINE_PATH = re.compile(r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private|scratch)/'
+_MACHINE_PATH = re.compile(
+    r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private|scratch)/'
                            r'|[A-Z]:\\+(?:Users|Windows|Temp|Program)')
 
 class PublishError(ValueError):
@@ -173,10 +202,14 @@ def _texts(output):
 def _unfit(output):
     "What makes an output unfit for publication, or ''."
     if output.output_type == 'error': return f'error: {output.ename}'
-    if output.output_type == 'stream' and output.name == 'stderr': return f'text on stderr: {output.text.strip()[:80]}'
-    if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}): return 'a widget, which shows nothing without a kernel'
+    if output.output_type == 'stream' and output.name == 'stderr':
+        return f'text on stderr: {output.text.strip()[:80]}'
+    if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
+        return 'a widget, which shows nothing without a kernel'
     for text in _texts(output):
-        if found := _MACHINE_PATH.search(text): return f'a path of this machine: {text[found.start():found.start() + 60].splitlines()[0]}'
+        if found := _MACHINE_PATH.search(text):
+            return (f'a path of this machine: '
+                    f'{text[found.start():found.start() + 60].splitlines()[0]}')
     return ''
 
 def _published(source, executed):
@@ -185,12 +218,15 @@ def _published(source, executed):
     old, new = _code_cells(source), _code_cells(executed)
     count, problems = 0, []
     for target, ran in zip(old, new):
-        if target.source.strip() and ran.execution_count is None: problems.append(f'cell {target.source[:60]!r} was not executed')
+        if target.source.strip() and ran.execution_count is None:
+            problems.append(f'cell {target.source[:60]!r} was not executed')
         count += ran.execution_count is not None
-        target.execution_count = count if ran.execution_count is not None else None  # the injected cell no longer counts
+        # the injected cell no longer counts
+        target.execution_count = count if ran.execution_count is not None else None
         target.outputs = ran.outputs
         for output in target.outputs:
-            if output.output_type == 'execute_result': output.execution_count = target.execution_count
+            if output.output_type == 'execute_result':
+                output.execution_count = target.execution_count
             if problem := _unfit(output): problems.append(f'cell [{count}] leaves {problem}')
     size = len(nbformat.writes(source).encode())
     if size >= MAX_BYTES: problems.append(f'{size/1e6:.1f} MB, the limit is {MAX_BYTES/1e6} MB')
@@ -201,16 +237,21 @@ def publish(
     run: str | os.PathLike,          # a completed run
     nbs: str | os.PathLike = 'nbs',  # the source notebooks, which get the outputs
 ) -> dict:                           # {'published': [...], 'missing': [...]}: names of lessons
-    "Moves a run's outputs and results into the source notebooks, or raises `PublishError` that lists everything in the way."
+    """Moves a run's outputs and results into the source notebooks, or raises `PublishError` that
+    lists everything in the way."""
     run, nbs, ready, problems, missing = Path(run), Path(nbs), {}, [], []
     for path in sorted(nbs.glob('[0-9][0-9]_*.ipynb')):
         executed = run/path.stem/path.name
-        if not executed.is_file() or read_status(run, path.stem) is None: missing.append(path.stem); continue
+        if not executed.is_file() or read_status(run, path.stem) is None:
+            missing.append(path.stem); continue
         ready[path], found = _published(nbformat.read(path, 4), nbformat.read(executed, 4))
-        if old := outdated(run, path.stem): found = [f'outdated: {", ".join(old)} ran again since', *found]
+        if old := outdated(run, path.stem):
+            found = [f'outdated: {", ".join(old)} ran again since', *found]
         problems += [f'{path.stem}: {f}' for f in found]
-    if not ready: raise PublishError(f'{run.as_posix()} has no completed notebook of {nbs.as_posix()}')
-    if problems: raise PublishError('nothing was published:\n' + '\n'.join(f'  {p}' for p in problems))
+    if not ready:
+        raise PublishError(f'{run.as_posix()} has no completed notebook of {nbs.as_posix()}')
+    if problems:
+        raise PublishError('nothing was published:\n' + '\n'.join(f'  {p}' for p in problems))
     results = read_json(write_results(run))
     for path, nb in ready.items():
         with atomic_path(path) as temporary: nbformat.write(nb, temporary)
@@ -228,12 +269,16 @@ def directives(
 
 def _shown_output(output):
     "An output as Markdown."
-    if output.output_type == 'stream': return f'```text\n{output.text.rstrip()}\n```' if output.name == 'stdout' else ''
-    if output.output_type == 'error': raise ValueError(f'the index page has an error output: {output.ename}')
+    if output.output_type == 'stream':
+        return f'```text\n{output.text.rstrip()}\n```' if output.name == 'stdout' else ''
+    if output.output_type == 'error':
+        raise ValueError(f'the index page has an error output: {output.ename}')
     for kind, form in [('text/markdown', '{}'), ('text/plain', '```text\n{}\n```')]:
         if kind == 'text/plain' and any(k.startswith('image/') for k in output.data): break
         if kind in output.data: return form.format(output.data[kind].strip())
-    raise ValueError('an output of the index page has no file a README could refer to: save the picture and show it by Markdown')
+    raise ValueError(
+        'an output of the index page has no file a README could refer to: save the picture and '
+        'show it by Markdown')
 
 def readme_text(
     index: str | os.PathLike = 'nbs/index.ipynb',  # executed
@@ -250,16 +295,23 @@ def readme_text(
         code = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
         if says.get('echo') != 'false' and code: parts.append(f'```python\n{code}\n```')
         if says.get('output') != 'false': parts += [_shown_output(o) for o in cell.outputs]
-    def moved(m): return m[0] if prefix == '.' else m[1] + os.path.normpath(f'{prefix}/{m[2]}').replace(os.sep, '/')
+    def moved(m):
+        return m[0] if prefix == '.' else m[1] + os.path.normpath(
+            f'{prefix}/{m[2]}').replace(os.sep, '/')
     text = '\n\n'.join(p for p in parts if p)
     fenced = re.split(r'(^```.*?^```)', text, flags=re.M | re.S)  # code stays as it is
     text = ''.join(p if p.startswith('```') else _LINK.sub(moved, p) for p in fenced)
-    return f'<!-- Made from {index.name} by cxr_lab.report.write_readme; edit that notebook. -->\n\n{text}\n'
+    return (f'<!-- Made from {index.name} by cxr_lab.report.write_readme; edit that notebook. '
+            f'-->\n\n{text}\n')
 
-def write_readme(index: str | os.PathLike = 'nbs/index.ipynb', readme: str | os.PathLike = 'README.md'):
+def write_readme(index: str | os.PathLike = 'nbs/index.ipynb',
+                 readme: str | os.PathLike = 'README.md'):
     "Makes the README anew from the executed index page."
-    with atomic_path(readme) as temporary: temporary.write_text(readme_text(index, readme), encoding='utf-8')
+    with atomic_path(readme) as temporary:
+        temporary.write_text(readme_text(index, readme), encoding='utf-8')
 
-def readme_in_sync(index: str | os.PathLike = 'nbs/index.ipynb', readme: str | os.PathLike = 'README.md') -> bool:
+def readme_in_sync(index: str | os.PathLike = 'nbs/index.ipynb',
+                   readme: str | os.PathLike = 'README.md') -> bool:
     "Whether the README is what the index page says."
-    return Path(readme).is_file() and Path(readme).read_text(encoding='utf-8') == readme_text(index, readme)
+    return Path(readme).is_file() and Path(
+        readme).read_text(encoding='utf-8') == readme_text(index, readme)

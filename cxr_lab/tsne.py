@@ -25,7 +25,10 @@ from .runs import CLASSES, atomic_path
 def head_of(model: nn.Module) -> nn.Linear:
     "The last linear layer; `ValueError` if there is none."
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear: raise ValueError(f'{type(model).__name__} has no linear layer; an embedding is what the last one is given')
+    if not linear:
+        raise ValueError(
+            f'{type(model).__name__} has no linear layer; an embedding is what the last one is '
+            f'given')
     return linear[-1]
 
 class Seen(threading.local):
@@ -34,7 +37,8 @@ class Seen(threading.local):
 
 @contextmanager
 def inputs_of(layer: nn.Module):
-    "Yields a `Seen` to which each call of the layer adds what it is given; the hook is gone at the end."
+    """Yields a `Seen` to which each call of the layer adds what it is given; the hook is gone at
+    the end."""
     seen = Seen()
     hook = layer.register_forward_pre_hook(lambda _, given: seen.given.append(given[0]))
     try: yield seen
@@ -44,8 +48,10 @@ def embed(
     model: nn.Module,
     pixels: np.ndarray,     # (N,1,H,W) uint8
     batch_size: int = 64,
-) -> tuple[np.ndarray, np.ndarray]:  # (N,D) float32, embeddings; (N,) float64, probability of PNEUMONIA
-    "What the last layer is given and what comes out, a batch per core, in evaluation mode; the model is left as it was."
+# (N,D) float32, embeddings; (N,) float64, probability of PNEUMONIA
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the last layer is given and what comes out, a batch per core, in evaluation mode; the
+    model is left as it was."""
     training, device = model.training, next(model.parameters()).device
     @torch.inference_mode()
     def both(start):
@@ -53,7 +59,8 @@ def embed(
         out = model(x.contiguous(memory_format=torch.channels_last)).double().softmax(1)[:, 1]
         given = [seen.given.pop() for _ in range(len(seen.given))]
         if len(given) != 1 or given[0].dim() != 2:
-            raise ValueError('the last linear layer is not called once per batch with one vector per image')
+            raise ValueError(
+                'the last linear layer is not called once per batch with one vector per image')
         return given[0].float().cpu(), out.cpu()
     model.eval()
     try:
@@ -68,13 +75,20 @@ def embedding_table(
     index: pd.DataFrame,      # N rows of lesson 00's index
     vectors: np.ndarray,      # (N,D) float32
     probability: np.ndarray,  # (N,) of PNEUMONIA
-) -> pd.DataFrame:            # path, label, split, prediction, probability, patient, subtype, e0, e1, ...
-    "Everything about each image in one row; `ValueError` if rows are missing or a number is not finite."
-    if not len(index) == len(vectors) == len(probability): raise ValueError(f'{len(index)} images, {len(vectors)} embeddings, {len(probability)} probabilities')
-    if not np.isfinite(vectors).all(): raise ValueError('an embedding is not finite; has the training diverged?')
+# path, label, split, prediction, probability, patient, subtype, e0, e1, ...
+) -> pd.DataFrame:
+    """Everything about each image in one row; `ValueError` if rows are missing or a number is not
+    finite."""
+    if not len(index) == len(vectors) == len(probability):
+        raise ValueError(
+            f'{len(index)} images, {len(vectors)} embeddings, {len(probability)} probabilities')
+    if not np.isfinite(vectors).all():
+        raise ValueError('an embedding is not finite; has the training diverged?')
     told = index[['path', 'label', 'split', 'patient', 'subtype']].reset_index(drop=True)
-    told = told.assign(prediction=(probability >= .5).astype(int), probability=probability)[['path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype']]
-    return pd.concat([told, pd.DataFrame(vectors.astype(np.float32), columns=[f'e{i}' for i in range(vectors.shape[1])])], axis=1)
+    told = told.assign(prediction=(probability >= .5).astype(int), probability=probability)[[
+        'path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype']]
+    return pd.concat([told, pd.DataFrame(
+        vectors.astype(np.float32), columns=[f'e{i}' for i in range(vectors.shape[1])])], axis=1)
 
 def vectors_of(table: pd.DataFrame) -> np.ndarray:  # (N,D) float32
     "The embeddings in such a table."
@@ -89,11 +103,16 @@ def tsne_map(
 ) -> np.ndarray:              # (N,2) float32
     "A t-SNE map by scikit-learn (Barnes-Hut); the same seed gives the same map."
     n = len(vectors)
-    if not 1 <= perplexity < (n - 1) / 3: raise ValueError(f'perplexity={perplexity}: from 1 to below {(n - 1) / 3:.0f}, a third of the {n} images')
+    if not 1 <= perplexity < (n - 1) / 3:
+        raise ValueError(
+            f'perplexity={perplexity}: from 1 to below {(n - 1) / 3:.0f}, a third of the {n} '
+            f'images')
     from sklearn.manifold import TSNE
-    # one thread, or two where it pays: a sum of two parts has no order, so the map is the same on any number of cores
+    # one thread, or two where it pays: a sum of two parts has no order, so the map is the same on
+    # any number of cores
     with threadpool_limits({'openmp': 1 if n < 2000 else 2, 'blas': 1}):
-        return TSNE(2, perplexity=perplexity, init=init, random_state=seed).fit_transform(vectors).astype(np.float32)
+        return TSNE(2, perplexity=perplexity, init=init,
+                    random_state=seed).fit_transform(vectors).astype(np.float32)
 
 def pca_map(vectors: np.ndarray) -> np.ndarray:  # (N,D) -> (N,2) float32
     "The two main axes: a linear map, in which distances shrink but never grow."
@@ -109,18 +128,24 @@ def _nearest(points, k):
 def agreement(
     a: np.ndarray, b: np.ndarray,  # (N,D) and (N,E): two pictures of the same images
     k: int = 15,
-) -> tuple[float, float]:          # share of the k nearest neighbors in common; rank correlation of all distances
-    "What two pictures agree on, near and far. Neither turning nor scaling changes it; two pictures that know nothing of each other have k / (N - 1), and 0."
+# share of the k nearest neighbors in common; rank correlation of all distances
+) -> tuple[float, float]:
+    """What two pictures agree on, near and far. Neither turning nor scaling changes it; two
+    pictures that know nothing of each other have k / (N - 1), and 0."""
     from scipy.spatial.distance import pdist
     from scipy.stats import spearmanr
     if len(a) != len(b) or k >= len(a): raise ValueError(f'{len(a)} and {len(b)} points with k={k}')
-    shared = np.mean([len(np.intersect1d(p, q)) for p, q in zip(_nearest(a, k), _nearest(b, k))]) / k
+    shared = np.mean(
+        [len(np.intersect1d(p, q)) for p, q in zip(_nearest(a, k), _nearest(b, k))]) / k
     return float(shared), float(spearmanr(pdist(a), pdist(b)).statistic)
 
 # %% ../nbs/09_tsne.ipynb #9b60972f
-PALETTES = {'class': COLORS, 'subtype': {'normal': COLORS['NORMAL'], 'bacteria': '#D55E00', 'virus': '#CC79A7', 'not known': '#999999'},
-            'split': {'train': '#666666', 'validation': '#009E73', 'test': '#E69F00', 'official_val': '#000000'},
-            'answer': {'right': '#BBBBBB', 'false positive': '#E69F00', 'false negative': '#CC79A7'}}
+PALETTES = {'class': COLORS, 'subtype': {
+    'normal': COLORS['NORMAL'], 'bacteria': '#D55E00', 'virus': '#CC79A7', 'not known': '#999999'},
+            'split': {'train': '#666666', 'validation': '#009E73', 'test': '#E69F00',
+                      'official_val': '#000000'},
+            'answer': {'right': '#BBBBBB', 'false positive': '#E69F00',
+                       'false negative': '#CC79A7'}}
 
 def groups_of(
     table: pd.DataFrame,  # of embedding_table
@@ -128,9 +153,13 @@ def groups_of(
 ) -> pd.Series:           # (N,) str, keys of PALETTES[by]
     "What each image is colored by."
     if by == 'class': return table.label.map(dict(enumerate(CLASSES)))
-    if by == 'subtype': return pd.Series(np.where(table.label == 0, 'normal', table.subtype.replace('', 'not known')), table.index)
+    if by == 'subtype':
+        return pd.Series(np.where(
+            table.label == 0, 'normal', table.subtype.replace('', 'not known')), table.index)
     if by == 'split': return table.split
-    if by == 'answer': return pd.Series(np.select([table.label == table.prediction, table.label == 0], ['right', 'false positive'], 'false negative'), table.index)
+    if by == 'answer':
+        return pd.Series(np.select([table.label == table.prediction, table.label == 0], [
+            'right', 'false positive'], 'false negative'), table.index)
     raise ValueError(f'unknown coloring {by!r}; known: {", ".join(PALETTES)}')
 
 def plot_maps(
@@ -142,15 +171,19 @@ def plot_maps(
 ):
     "The models' maps side by side, small groups drawn on top; returns the figure."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(tables), figsize=(3.3 * len(tables), 3.8), dpi=60, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(1, len(tables), figsize=(3.3 * len(tables), 3.8), dpi=60, squeeze=False,
+                            layout='constrained')
     for ax, (name, table) in zip(axs[0], tables.items()):
         group = groups_of(table, by)
         for g, n in group.value_counts().items():
-            ax.plot(*maps[name][group == g].T, '.', ms=1.6 if n > 300 else 3 if n > 20 else 6, alpha=.6 if n > 300 else 1, color=PALETTES[by][g], label=f'{g} ({n})')
-        ax.set(xticks=[], yticks=[], aspect='equal', adjustable='datalim'); ax.set_title(titles[name], fontsize=10)
+            ax.plot(*maps[name][group == g].T, '.', ms=1.6 if n > 300 else 3 if n > 20 else 6,
+                    alpha=.6 if n > 300 else 1, color=PALETTES[by][g], label=f'{g} ({n})')
+        ax.set(xticks=[], yticks=[], aspect='equal',
+               adjustable='datalim'); ax.set_title(titles[name], fontsize=10)
     handles = {h.get_label().rpartition(' (')[0]: h for ax in axs[0] for h in ax.lines}
     shown = [g for g in PALETTES[by] if g in handles]
-    fig.legend([plt.Line2D([], [], ls='', marker='o', ms=6, color=PALETTES[by][g]) for g in shown], shown, loc='outside lower center', ncols=len(shown), frameon=False)
+    fig.legend([plt.Line2D([], [], ls='', marker='o', ms=6, color=PALETTES[by][g]) for g in shown],
+               shown, loc='outside lower center', ncols=len(shown), frameon=False)
     fig.suptitle(suptitle, fontsize=11)
     return fig
 
@@ -159,22 +192,28 @@ def _straight_cut():
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), LogisticRegression(class_weight='balanced', max_iter=2000))
+    return make_pipeline(StandardScaler(),
+                         LogisticRegression(class_weight='balanced', max_iter=2000))
 
 def separation(
     train: np.ndarray, train_labels: np.ndarray,  # (N,D), (N,) 0 or 1
     test: np.ndarray, test_labels: np.ndarray,    # (M,D), (M,)
     k: int = 15,
-) -> dict:                                        # silhouette, neighbors, straight_cut, auroc; None where a class is missing
-    "How well two classes are separated in a space: test images among themselves, and by rules found on train."
+# silhouette, neighbors, straight_cut, auroc; None where a class is missing
+) -> dict:
+    """How well two classes are separated in a space: test images among themselves, and by rules
+    found on train."""
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score, silhouette_score
     from sklearn.neighbors import KNeighborsClassifier
     names = ('silhouette', 'neighbors', 'straight_cut', 'auroc')
-    if len(np.unique(train_labels)) < 2 or len(np.unique(test_labels)) < 2: return dict.fromkeys(names)
+    if len(np.unique(train_labels)) < 2 or len(np.unique(test_labels)) < 2:
+        return dict.fromkeys(names)
     vote = KNeighborsClassifier(min(k, len(train))).fit(train, train_labels)
     cut = _straight_cut().fit(train, train_labels)
-    values = (silhouette_score(test, test_labels), balanced_accuracy_score(test_labels, vote.predict(test)),
-              balanced_accuracy_score(test_labels, cut.predict(test)), roc_auc_score(test_labels, cut.decision_function(test)))
+    values = (silhouette_score(test, test_labels),
+              balanced_accuracy_score(test_labels, vote.predict(test)),
+              balanced_accuracy_score(test_labels, cut.predict(test)),
+              roc_auc_score(test_labels, cut.decision_function(test)))
     return dict(zip(names, map(float, values)))
 
 # %% ../nbs/09_tsne.ipynb #976e9c83
@@ -183,14 +222,16 @@ def told_apart(
     second: np.ndarray,   # (N,) bool: in the second of two sets
     patients,             # (N,) patient of each image
     folds: int = 5, seed: int = 0,
-) -> float | None:        # AUROC; 0.5: the sets look the same. None if a set has fewer patients than folds
+# AUROC; 0.5: the sets look the same. None if a set has fewer patients than folds
+) -> float | None:
     "How well a straight cut tells two sets of images apart, cross-validated over patients."
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     second, groups = np.asarray(second).astype(int), np.asarray(patients)
     if min(len(set(groups[second == s])) for s in (0, 1)) < folds: return None
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    return float(roc_auc_score(second, cross_val_predict(_straight_cut(), vectors, second, groups=groups, cv=split, method='decision_function')))
+    return float(roc_auc_score(second, cross_val_predict(
+        _straight_cut(), vectors, second, groups=groups, cv=split, method='decision_function')))
 
 # %% ../nbs/09_tsne.ipynb #66278ccb
 def nearest_training(
@@ -198,9 +239,11 @@ def nearest_training(
     train: np.ndarray,    # rows to look among
     rows: np.ndarray,     # rows to look for
     k: int = 5,
-) -> tuple[np.ndarray, np.ndarray]:  # (n,k) rows of the nearest training images; (n,k) their distances
+# (n,k) rows of the nearest training images; (n,k) their distances
+) -> tuple[np.ndarray, np.ndarray]:
     "The nearest training images of some images; an image is never its own neighbor."
     from sklearn.neighbors import NearestNeighbors
-    if np.intersect1d(train, rows).size: raise ValueError('some of the images are training images themselves')
+    if np.intersect1d(train, rows).size:
+        raise ValueError('some of the images are training images themselves')
     distance, place = NearestNeighbors(n_neighbors=k).fit(vectors[train]).kneighbors(vectors[rows])
     return train[place], distance

@@ -31,19 +31,24 @@ _SIDE, _BLOCKS, _CELLS, _LEVELS = 128, 16, 4, 3
 
 def standard_size(pixels: np.ndarray) -> np.ndarray:  # (N,1,H,W) uint8 -> (N,128,128) uint8
     "The images at the size at which they are compared."
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 1: raise ValueError(f'images are (N,1,H,W) uint8, found {pixels.shape} {pixels.dtype}')
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] != 1:
+        raise ValueError(f'images are (N,1,H,W) uint8, found {pixels.shape} {pixels.dtype}')
     if pixels.shape[2:] == (_SIDE, _SIDE): return np.ascontiguousarray(pixels[:, 0])
     how = cv2.INTER_AREA if min(pixels.shape[2:]) > _SIDE else cv2.INTER_LINEAR
-    return np.array([cv2.resize(x, (_SIDE, _SIDE), interpolation=how) for x in pixels[:, 0]], np.uint8).reshape(-1, _SIDE, _SIDE)
+    return np.array([cv2.resize(x, (_SIDE, _SIDE), interpolation=how) for x in pixels[:, 0]],
+                    np.uint8).reshape(-1, _SIDE, _SIDE)
 
 def layout(
     images: np.ndarray,  # (N,128,128) uint8
 ) -> np.ndarray:         # (N,256) float32
-    "Blocks by rank, as normal scores: about -3 for the darkest, 3 for the brightest, 0 throughout for a blank."
+    """Blocks by rank, as normal scores: about -3 for the darkest, 3 for the brightest, 0 throughout
+    for a blank."""
     from scipy.special import ndtri
     step = _SIDE // _BLOCKS
-    blocks = images.reshape(len(images), _BLOCKS, step, _BLOCKS, step).mean((2, 4), dtype=np.float32).reshape(len(images), _BLOCKS**2)
-    ranks = pd.DataFrame(blocks).rank(axis=1).to_numpy()  # as scipy.stats.rankdata, whose import takes half a second
+    blocks = images.reshape(len(images), _BLOCKS, step, _BLOCKS,
+                            step).mean((2, 4), dtype=np.float32).reshape(len(images), _BLOCKS**2)
+    # as scipy.stats.rankdata, whose import takes half a second
+    ranks = pd.DataFrame(blocks).rank(axis=1).to_numpy()
     return ndtri(ranks / (blocks.shape[1] + 1)).astype(np.float32)
 
 # %% ../nbs/lab/unusual.ipynb #389021bb
@@ -52,13 +57,16 @@ def texture_and_values(
     batch_size: int = 16,             # what fits a processor's cache
 ) -> tuple[np.ndarray, np.ndarray]:   # (N,144) float32, (N,9) float32
     "Texture and values in batches."
-    parts = [_texture_and_values(images[i:i + batch_size]) for i in range(0, max(len(images), 1), batch_size)]
+    parts = [_texture_and_values(images[i:i + batch_size])
+             for i in range(0, max(len(images), 1), batch_size)]
     return tuple(np.concatenate(p).astype(np.float32) for p in zip(*parts))
 
 def _texture_and_values(images):
-    "Logarithms of detail per cell, direction and scale; and of the histogram: contrast, balance, spread, entropy, commonest level, share of black and white."
+    """Logarithms of detail per cell, direction and scale; and of the histogram: contrast, balance,
+    spread, entropy, commonest level, share of black and white."""
     n, count = len(images), _SIDE**2
-    histogram = np.stack([np.bincount(x.ravel(), minlength=256) for x in images]) if n else np.zeros((0, 256))
+    histogram = np.stack(
+        [np.bincount(x.ravel(), minlength=256) for x in images]) if n else np.zeros((0, 256))
     levels, share = np.arange(256), histogram.cumsum(1) / count
     low, first, middle, third, high = ((share < q).sum(1) for q in (.02, .25, .5, .75, .98))
     mean = histogram @ levels / count
@@ -71,12 +79,14 @@ def _texture_and_values(images):
         power = []
         for d in (p - q + r - s, p + q - r - s, p - q - r + s):
             side = d.shape[1] // _CELLS
-            power.append((d * d / 16).reshape(n, _CELLS, side, _CELLS, side).mean((2, 4)).reshape(n, _CELLS**2) / contrast[:, None]**2)
+            power.append((d * d / 16).reshape(n, _CELLS, side, _CELLS, side).mean(
+                (2, 4)).reshape(n, _CELLS**2) / contrast[:, None]**2)
         cells += power
         overall.append(np.mean(power, (0, 2)))
         a = (p + q + r + s) / 4
     texture = np.log(np.sqrt(np.concatenate(cells, 1)) + .002)
-    values = [*np.log(np.sqrt(overall) + .002), np.log(contrast), (middle - low) / (high - low + 1), (third - first) / (high - low + 1),
+    values = [*np.log(np.sqrt(overall) + .002), np.log(contrast), (middle - low) / (high - low + 1),
+              (third - first) / (high - low + 1),
               -(coarse * np.log(coarse + 1e-9)).sum(1), np.log(coarse.max(1)), np.sqrt(extremes)]
     return texture, np.stack(values, 1)
 
@@ -86,7 +96,8 @@ def _fit_distance(features, groups):
     from sklearn.covariance import LedoitWolf
     centers = np.stack([features[groups == g].mean(0) for g in np.unique(groups)])
     around = features - centers[np.searchsorted(np.unique(groups), groups)]
-    return centers.astype(np.float32), np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(around).precision_).astype(np.float32)
+    return centers.astype(np.float32), np.linalg.cholesky(
+        LedoitWolf(assume_centered=True).fit(around).precision_).astype(np.float32)
 
 def _distance(features, centers, factor):
     "To the nearest center: (N,) float32."
@@ -94,10 +105,13 @@ def _distance(features, centers, factor):
 
 # %% ../nbs/lab/unusual.ipynb #b4f58534
 _TURNS = ('', 'turned 90° to the left', 'turned by 180°', 'turned 90° to the right',
-          'mirrored', 'mirrored and turned 90° to the left', 'upside down', 'mirrored and turned 90° to the right')
-POSES = (*_TURNS, 'inverted', *(f'inverted{"," if " and " in t else " and"} {t}' for t in _TURNS[1:]))
+          'mirrored', 'mirrored and turned 90° to the left', 'upside down',
+          'mirrored and turned 90° to the right')
+POSES = (*_TURNS, 'inverted',
+         *(f'inverted{"," if " and " in t else " and"} {t}' for t in _TURNS[1:]))
 
-def pose(layouts: np.ndarray, which: int, undo: bool = False) -> np.ndarray:  # (N,256), index of POSES -> (N,256)
+# (N,256), index of POSES -> (N,256)
+def pose(layouts: np.ndarray, which: int, undo: bool = False) -> np.ndarray:
     "Layouts as if the films had been shown that way, or as if they had not."
     a, turn = layouts.reshape(-1, _BLOCKS, _BLOCKS), which % 4
     if undo: a = np.rot90(a, -turn, (1, 2))
@@ -106,9 +120,11 @@ def pose(layouts: np.ndarray, which: int, undo: bool = False) -> np.ndarray:  # 
     return (-a if which >= 8 else a).reshape(len(a), -1)
 
 def _linear(groups):
-    "Coefficients (K,C) and constants (K,) of Fisher's linear discriminant with a shrunk covariance, all groups equally likely."
+    """Coefficients (K,C) and constants (K,) of Fisher's linear discriminant with a shrunk
+    covariance, all groups equally likely."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    fitted = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto', priors=np.full(len(groups), 1 / len(groups)))
+    fitted = LinearDiscriminantAnalysis(solver='lsqr', shrinkage='auto',
+                                        priors=np.full(len(groups), 1 / len(groups)))
     fitted.fit(np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups]))
     return fitted.coef_.astype(np.float32), fitted.intercept_.astype(np.float32)
 
@@ -125,14 +141,17 @@ def phantom_strangers(
 
 # %% ../nbs/lab/unusual.ipynb #86b7c6eb
 _FORMAT = 'cxr_lab.unusual.1'
-_TENSORS = ('embedding.centers', 'embedding.factor', 'layout.centers', 'layout.factor', 'values.centers', 'values.factor', 'pose.weights', 'pose.constants')
-RESPECTS = {'embedding': 'to the network', 'layout': 'in layout', 'values': 'in brightness and detail'}
+_TENSORS = ('embedding.centers', 'embedding.factor', 'layout.centers', 'layout.factor',
+            'values.centers', 'values.factor', 'pose.weights', 'pose.constants')
+RESPECTS = {'embedding': 'to the network', 'layout': 'in layout',
+            'values': 'in brightness and detail'}
 _BLANK = 3.  # standard deviation in gray levels; below, nothing can be seen
 
 def weights_digest(network: nn.Module) -> str:
     "SHA-256 of a network's weights, by which its statistics know it."
     digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()): digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 class Unusual:
@@ -142,6 +161,11 @@ class Unusual:
         info: dict,     # JSON values: thresholds of each check, strangers, network, ...
     ): self.tensors, self.info = tensors, info
 
+    def __repr__(self):
+        told = self.info
+        return (f'Unusual({", ".join(told["thresholds"])}; learned from {told["train"]} '
+                f'{told["trained_on"]} images)')
+
     def scores(self,
         pixels: np.ndarray,      # (N,1,H,W) uint8
         embeddings: np.ndarray,  # (N,C) float32, what the network's last layer is given
@@ -150,9 +174,13 @@ class Unusual:
         return self._look(pixels, embeddings)[0]
 
     def _look(self, pixels, embeddings):
-        "Scores, layouts, whether the image is blank, and the likeliest pose other than the usual one."
-        t, images, width = self.tensors, standard_size(pixels), self.tensors['embedding.factor'].shape[0]
-        if embeddings.shape != (len(pixels), width): raise ValueError(f'embeddings of this model are ({len(pixels)}, {width}), found {embeddings.shape}')
+        """Scores, layouts, whether the image is blank, and the likeliest pose other than the usual
+        one."""
+        t, images = self.tensors, standard_size(pixels)
+        width = self.tensors['embedding.factor'].shape[0]
+        if embeddings.shape != (len(pixels), width):
+            raise ValueError(
+                f'embeddings of this model are ({len(pixels)}, {width}), found {embeddings.shape}')
         seen, (texture, values) = layout(images), texture_and_values(images)
         features = dict(embedding=embeddings.astype(np.float32), layout=seen, values=values)
         scores = {k: _distance(f, t[f'{k}.centers'], t[f'{k}.factor']) for k, f in features.items()}
@@ -160,11 +188,14 @@ class Unusual:
         other = 1 + poses[:, 1:].argmax(1)
         scores['pose'] = poses[np.arange(len(poses)), other] - poses[:, 0]
         everything = np.concatenate([seen, texture, values], 1)
-        for name in self.info['strangers']: scores[f'like a {name}'] = everything @ t[f'{name}.weights'][0] + t[f'{name}.constants'][0]
+        for name in self.info['strangers']:
+            weights, constants = t[f'{name}.weights'][0], t[f'{name}.constants'][0]
+            scores[f'like a {name}'] = everything @ weights + constants
         return scores, seen, np.exp(values[:, _LEVELS]) - 1 < _BLANK, other
 
     def _usual(self, check, feature):
-        return _distance(feature, self.tensors[f'{check}.centers'], self.tensors[f'{check}.factor']) <= self.info['thresholds'][check]
+        return _distance(feature, self.tensors[f'{check}.centers'],
+                         self.tensors[f'{check}.factor']) <= self.info['thresholds'][check]
 
     def reasons(self,
         pixels: np.ndarray,      # (N,1,H,W) uint8
@@ -175,61 +206,87 @@ class Unusual:
         if not len(pixels): return []
         scores, seen, blank, other = self._look(pixels, embeddings)
         beyond = {k: v > self.info['thresholds'][k] for k, v in scores.items()}
-        told = np.zeros(len(pixels), bool)  # whether undoing the pose makes layout and values usual; a turn leaves values as they are
+        # whether undoing the pose makes layout and values usual; a turn leaves values as they are
+        told = np.zeros(len(pixels), bool)
         rows = np.flatnonzero(beyond['pose'] & ~blank)
         if len(rows):
-            undone, negative = np.concatenate([pose(seen[i:i + 1], other[i], undo=True) for i in rows]), other[rows] >= len(_TURNS)
+            undone = np.concatenate([pose(seen[i:i + 1], other[i], undo=True) for i in rows])
+            negative = other[rows] >= len(_TURNS)
             told[rows] = self._usual('layout', undone) & (negative | ~beyond['values'][rows])
             rows = rows[negative & told[rows]]
-            if len(rows): told[rows] = self._usual('values', texture_and_values(standard_size(255 - pixels[rows]))[1])
-        if masks is not None and len(masks) != len(pixels): raise ValueError(f'{len(masks)} masks for {len(pixels)} images')
+            if len(rows):
+                told[rows] = self._usual('values',
+                                         texture_and_values(standard_size(255 - pixels[rows]))[1])
+        if masks is not None and len(masks) != len(pixels):
+            raise ValueError(f'{len(masks)} masks for {len(pixels)} images')
         out = []
         for i in range(len(pixels)):
             if blank[i]: found = ['blank']
             elif told[i]: found = [f'seems {POSES[other[i]]}']
-            else:  # of what is no chest at all a stranger's classifier knows nothing, so it is asked last
-                respects = [text for k, text in RESPECTS.items() if beyond[k][i] or k == 'layout' and beyond['pose'][i]]
+            else:  # of what is no chest a stranger's classifier knows nothing: it is asked last
+                respects = [text for k, text in RESPECTS.items() if beyond[k][i] or k == 'layout'
+                            and beyond['pose'][i]]
                 found = [f'unlike the training images ({", ".join(respects)})'] if respects else \
-                        [f'like a {name}' for name in self.info['strangers'] if beyond[f'like a {name}'][i]]
-            if masks is not None and (wrong := implausible(mask_shape(masks[i]), self.info['mask_limits'])): found.append(f'no plausible lungs ({wrong})')
+                        [f'like a {name}' for name in self.info['strangers']
+                         if beyond[f'like a {name}'][i]]
+            if masks is not None and (
+                wrong := implausible(mask_shape(masks[i]), self.info['mask_limits'])):
+                found.append(f'no plausible lungs ({wrong})')
             out.append('; '.join(found))
         return out
 
     def save(self, path):  # *.usual.safetensors, beside the model's file
         "Writes numbers and thresholds into one file, atomically."
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in self.tensors.items()}
-        with atomic_path(path) as temporary: save_file(tensors, temporary, {_FORMAT: json.dumps(self.info, sort_keys=True)})
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, {_FORMAT: json.dumps(self.info, sort_keys=True)})
 
     @classmethod
     def load(cls,
-        path=None,                         # written by save; default: that of the model that comes with cxr_lab
+        # written by save; default: that of the model that comes with cxr_lab
+        path=None,
         network: nn.Module | None = None,  # the model it must belong to
     ):
-        "Opens such a file without executing anything in it; `ValueError` if it is none, is damaged, or belongs to another model."
+        """Opens such a file without executing anything in it; `ValueError` if it is none, is
+        damaged, or belongs to another model."""
         path = Path(path or Path(cxr_lab.__file__).parent/'weights'/'classifier.usual.safetensors')
         if not path.is_file(): raise FileNotFoundError(f'no file {path.name!r}')
         try:
             with safe_open(path, 'pt') as f: meta = f.metadata() or {}
             tensors = {k: v.numpy() for k, v in load_file(path).items()}
-        except (SafetensorError, OSError, TypeError) as e: raise ValueError(f'{path.name} is no safetensors file, or is cut off ({e})') from e
-        if _FORMAT not in meta: raise ValueError(f'{path.name} does not say what is usual for a model (its metadata have no {_FORMAT!r})')
+        except (SafetensorError, OSError, TypeError) as e:
+            raise ValueError(f'{path.name} is no safetensors file, or is cut off ({e})') from e
+        if _FORMAT not in meta:
+            raise ValueError(
+                f'{path.name} does not say what is usual for a model (its metadata have no '
+                f'{_FORMAT!r})')
         try:
             info = json.loads(meta[_FORMAT])
             names, width = info['strangers'], 3 * _CELLS**2 * _LEVELS + _BLOCKS**2 + 9
             checks = ['embedding', 'layout', 'values', 'pose', *(f'like a {n}' for n in names)]
-            if {k: float(v) for k, v in info['thresholds'].items()}.keys() != set(checks): raise ValueError('thresholds of other checks')
-            missing = [k for k in (*_TENSORS, *(f'{n}.{w}' for n in names for w in ('weights', 'constants'))) if k not in tensors]
+            if {k: float(v) for k, v in info['thresholds'].items()}.keys() != set(checks):
+                raise ValueError('thresholds of other checks')
+            missing = [k for k in (*_TENSORS, *(
+                f'{n}.{w}' for n in names for w in ('weights', 'constants'))) if k not in tensors]
             if missing: raise ValueError(f'{missing[0]} is missing')
             c = tensors['embedding.factor'].shape[0]
-            shapes = {'embedding.centers': (len(tensors['embedding.centers']), c), 'embedding.factor': (c, c),
-                      'layout.centers': (1, _BLOCKS**2), 'layout.factor': (_BLOCKS**2,) * 2, 'values.centers': (1, 9), 'values.factor': (9, 9),
+            shapes = {'embedding.centers': (len(tensors['embedding.centers']), c),
+                      'embedding.factor': (c, c),
+                      'layout.centers': (1, _BLOCKS**2), 'layout.factor': (_BLOCKS**2,) * 2,
+                      'values.centers': (1, 9), 'values.factor': (9, 9),
                       'pose.weights': (len(POSES), _BLOCKS**2), 'pose.constants': (len(POSES),),
-                      **{f'{n}.weights': (1, width) for n in names}, **{f'{n}.constants': (1,) for n in names}}
-            wrong = [k for k, s in shapes.items() if tensors[k].shape != s or tensors[k].dtype != np.float32 or not np.isfinite(tensors[k]).all()]
+                      **{f'{n}.weights': (1, width) for n in names},
+                      **{f'{n}.constants': (1,) for n in names}}
+            wrong = [k for k, s in shapes.items() if tensors[k].shape != s
+                     or tensors[k].dtype != np.float32 or not np.isfinite(tensors[k]).all()]
             if wrong: raise ValueError(f'{wrong[0]} has another shape or is not finite')
-            if not all(low < high for low, high in (info['mask_limits'][k] for k in ('area', 'aspect', 'balance'))): raise ValueError('limits of masks')
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e: raise ValueError(f'{path.name} is damaged ({e})') from e
-        if network is not None and info.get('network') != weights_digest(network): raise ValueError(f'{path.name} belongs to another model')
+            if not all(low < high for low, high in (
+                info['mask_limits'][k] for k in ('area', 'aspect', 'balance'))):
+                raise ValueError('limits of masks')
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f'{path.name} is damaged ({e})') from e
+        if network is not None and info.get('network') != weights_digest(network):
+            raise ValueError(f'{path.name} belongs to another model')
         return cls(tensors, info)
 
 # %% ../nbs/lab/unusual.ipynb #2646283b
@@ -238,24 +295,32 @@ def _bytes(x): return (255 * x).round().to(torch.uint8).numpy()
 def fit_unusual(
     network: nn.Module,
     data: Dataset,                   # of the run that the network was trained in
-    strangers: dict | None = None,   # name -> (M,1,H,W) uint8, images that must be told; default: phantoms, unless the data are phantoms
-    false_warnings: float = .03,     # share of validation images, over all stress variations, that may be warned of
+    # name -> (M,1,H,W) uint8, images that must be told; default: phantoms, unless the data are
+    # phantoms
+    strangers: dict | None = None,
+    # share of validation images, over all stress variations, that may be warned of
+    false_warnings: float = .03,
     most: int = 6000,                # training images to fit on
     seed: int = 0,
 ) -> Unusual:
     "Learns from training images what is usual, and from validation images how much deviation is."
     from cxr_lab.augment import STRESSES, Augment
-    if not 0 < false_warnings < 1: raise ValueError(f'false_warnings={false_warnings}: a share between 0 and 1')
-    if strangers is None: strangers = {} if data.source.kind == 'phantom' else {'phantom': phantom_strangers(data.pixels.shape[-1])}
+    if not 0 < false_warnings < 1:
+        raise ValueError(f'false_warnings={false_warnings}: a share between 0 and 1')
+    if strangers is None:
+        strangers = {} if data.source.kind == 'phantom' else {
+            'phantom': phantom_strangers(data.pixels.shape[-1])}
     rng, rows = np.random.default_rng(seed), data.rows('train')
     rows = np.sort(rng.choice(rows, min(most, len(rows)), replace=False))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         augment, stressed = Augment(), []
         def both(pixels):
-            batches = (to_float(torch.from_numpy(np.array(pixels[i:i + 256]))) for i in range(0, len(pixels), 256))
+            batches = (to_float(torch.from_numpy(np.array(pixels[i:i + 256])))
+                       for i in range(0, len(pixels), 256))
             return np.concatenate([pixels, *(_bytes(augment(x)) for x in batches)])
-        train, strange = both(np.array(data.pixels[rows])), {k: both(v) for k, v in strangers.items()}
+        train = both(np.array(data.pixels[rows]))
+        strange = {k: both(v) for k, v in strangers.items()}
         held_out = to_float(torch.from_numpy(np.array(data.pixels[data.rows('validation')])))
         for change in STRESSES.values(): stressed.append(_bytes(change(held_out)))
     def features(pixels):
@@ -264,19 +329,24 @@ def fit_unusual(
     seen, texture, values = features(train)
     vectors, labels = embed(network, train)[0], np.tile(data.labels[rows], 2)
     tensors = {}
-    for name, f, groups in (('embedding', vectors, labels), ('layout', seen, labels * 0), ('values', values, labels * 0)):
+    for name, f, groups in (('embedding', vectors, labels), ('layout', seen, labels * 0),
+                            ('values', values, labels * 0)):
         tensors[f'{name}.centers'], tensors[f'{name}.factor'] = _fit_distance(f, groups)
-    tensors['pose.weights'], tensors['pose.constants'] = _linear([pose(seen[::2], i) for i in range(len(POSES))])
+    tensors['pose.weights'], tensors['pose.constants'] = _linear(
+        [pose(seen[::2], i) for i in range(len(POSES))])
     for name, pixels in strange.items():
-        weights, constants = _linear([np.concatenate((seen, texture, values), 1), np.concatenate(features(pixels), 1)])
+        weights, constants = _linear(
+            [np.concatenate((seen, texture, values), 1), np.concatenate(features(pixels), 1)])
         tensors[f'{name}.weights'], tensors[f'{name}.constants'] = weights, constants
     card = read_json(Path(cxr_lab.__file__).parent/'weights'/'lungs.json')
-    info = dict(network=weights_digest(network), strangers=sorted(strangers), trained_on=data.source.kind,
+    info = dict(network=weights_digest(network), strangers=sorted(strangers),
+                trained_on=data.source.kind,
                 train=len(rows), validation=len(held_out), image_size=int(data.pixels.shape[-1]),
                 false_warnings=false_warnings, mask_limits=card['limits'], thresholds={})
     usual = Unusual(tensors, info)
     scores = [usual.scores(p, embed(network, p)[0]) for p in stressed]
-    info['thresholds'] = choose_thresholds({k: np.concatenate([s[k] for s in scores]) for k in scores[0]}, false_warnings)
+    info['thresholds'] = choose_thresholds(
+        {k: np.concatenate([s[k] for s in scores]) for k in scores[0]}, false_warnings)
     return usual
 
 # %% ../nbs/lab/unusual.ipynb #bbdd68f4
@@ -284,11 +354,14 @@ def choose_thresholds(
     scores: dict,  # check -> (N,), of usual images
     share: float,  # of them, may be beyond one threshold or more
 ) -> dict:         # check -> threshold
-    "The same quantile for every check, the lowest with which all checks together stay below the share."
+    """The same quantile for every check, the lowest with which all checks together stay below the
+    share."""
     order = {k: np.sort(v) for k, v in scores.items()}
     n = len(next(iter(order.values())))
-    def thresholds(beyond): return {k: float(v[n - 1 - beyond]) for k, v in order.items()}  # so many scores lie beyond
-    def together(beyond): return np.any([scores[k] > t for k, t in thresholds(beyond).items()], 0).mean()
+    # so many scores lie beyond
+    def thresholds(beyond): return {k: float(v[n - 1 - beyond]) for k, v in order.items()}
+    def together(beyond):
+        return np.any([scores[k] > t for k, t in thresholds(beyond).items()], 0).mean()
     low, high = 0, n - 1  # `low` warns of nobody
     while high - low > 1:
         middle = (low + high) // 2

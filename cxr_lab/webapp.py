@@ -31,18 +31,24 @@ def outline_path(
 ) -> str:              # of an SVG <path>, in pixels of the mask; empty if the mask is
     "The borders of a mask as a line to draw."
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_TC89_KCOS)
-    return ''.join('M' + 'L'.join(f'{x} {y}' for x, y in c[:, 0]) + 'Z' for c in contours if len(c) > 2)
+    return ''.join('M' + 'L'.join(f'{x} {y}' for x, y in c[:, 0]) + 'Z' for c in contours
+                   if len(c) > 2)
 
 def told(
     seen,         # cxr_lab.predict.Explained
 ) -> dict:        # JSON values
     "An answer as the page wants it."
-    return dict(probability=float(seen.probability), label=seen.label, threshold=float(seen.threshold), warning=seen.warning, notes=seen.notes, explained=seen.explained, zero=bool(seen.zero),
-                width=seen.gray.shape[1], height=seen.gray.shape[0], gray=data_uri(seen.gray, 90), heat=data_uri(heat_layer(seen.heat), 80, side=256))
+    return dict(probability=float(seen.probability), label=seen.label,
+                threshold=float(seen.threshold), warning=seen.warning, notes=seen.notes,
+                explained=seen.explained, zero=bool(seen.zero),
+                width=seen.gray.shape[1], height=seen.gray.shape[0], gray=data_uri(seen.gray, 90),
+                heat=data_uri(heat_layer(seen.heat), 80, side=256))
 
 # %% ../nbs/lab/app.ipynb #e0cccf32
 MAX_UPLOAD = 64 << 20     # bytes
-MAX_PIXELS = 40_000_000   # of a picture once it is unpacked: less than half of what `predict` accepts, which answers only to whoever runs it
+# of a picture once it is unpacked: less than half of what `predict` accepts, which answers only to
+# whoever runs it
+MAX_PIXELS = 40_000_000
 _log = logging.getLogger(__name__)
 
 async def _received(request, limit):
@@ -60,8 +66,11 @@ def _check_asker(request, token):
     "403 unless the request comes from our own page."
     from starlette.exceptions import HTTPException
     headers = request.headers
-    own = headers.get('origin', f'http://{headers["host"]}') == f'http://{headers["host"]}' and headers.get('sec-fetch-site', 'same-origin') == 'same-origin'
-    if not (own and secrets.compare_digest(headers.get('x-cxr-lab', '').encode(), token.encode())): raise HTTPException(403, 'This page is out of date. Reload it.')
+    own = headers.get('origin',
+                      f'http://{headers["host"]}') == f'http://{headers["host"]}' and headers.get(
+                          'sec-fetch-site', 'same-origin') == 'same-origin'
+    if not (own and secrets.compare_digest(headers.get('x-cxr-lab', '').encode(), token.encode())):
+        raise HTTPException(403, 'This page is out of date. Reload it.')
 
 class _WithHeaders:
     "Adds headers to every answer of an app."
@@ -70,13 +79,15 @@ class _WithHeaders:
     async def __call__(self, scope, receive, send):
         from starlette.datastructures import MutableHeaders
         async def sending(message):
-            if message['type'] == 'http.response.start': MutableHeaders(scope=message).update(self.headers)
+            if message['type'] == 'http.response.start':
+                MutableHeaders(scope=message).update(self.headers)
             await send(message)
         await self.app(scope, receive, sending)
 
 # %% ../nbs/lab/app.ipynb #37b368bf
 def create_app(
-    predictor,                    # cxr_lab.predict.Predictor, or anything with its `file` and `explain(bytes, outline=bool)`
+    # cxr_lab.predict.Predictor, or anything with its `file` and `explain(bytes, outline=bool)`
+    predictor,
     max_bytes: int = MAX_UPLOAD,  # of an upload
     hosts=('127.0.0.1', 'localhost'),  # names under which requests may be addressed to it
 ):                                # -> starlette.applications.Starlette
@@ -95,9 +106,13 @@ def create_app(
     style, script = page_part('theme.css') + page_part('app.css'), page_part('app.js')
     page = environment().get_template('app.html').render(
         style=Markup(style), script=Markup(script), empty=data_uri(np.zeros((1, 1), np.uint8)),
-        token=Markup(token), limit=max_bytes, model=predictor.file.name, notice=NOTICE, classes=CLASSES)
-    headers = {'Content-Security-Policy': content_policy([style], [script], connect="'self'") + "; frame-ancestors 'none'", 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
-               'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin', 'Cross-Origin-Opener-Policy': 'same-origin'}
+        token=Markup(token), limit=max_bytes, model=predictor.file.name, notice=NOTICE,
+        classes=CLASSES)
+    headers = {'Content-Security-Policy': content_policy([style], [script], connect="'self'")
+               + "; frame-ancestors 'none'", 'Cache-Control': 'no-store',
+               'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
+               'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
+               'Cross-Origin-Opener-Policy': 'same-origin'}
 
     async def answer(request, look):
         _check_asker(request, token)
@@ -106,11 +121,15 @@ def create_app(
         except Refused as e: raise HTTPException(422, f'This picture was not read: {e}.') from None
         except Exception as e:
             where = traceback.extract_tb(e.__traceback__)[-1]
-            _log.error('%s in %s, line %s of %s', type(e).__name__, where.name, where.lineno, where.filename)
-            raise HTTPException(500, 'The program failed on this picture; where it did is in its log.') from None
+            _log.error('%s in %s, line %s of %s', type(e).__name__, where.name, where.lineno,
+                       where.filename)
+            raise HTTPException(
+                500, 'The program failed on this picture; where it did is in its log.') from None
 
     async def start(request): return HTMLResponse(page)
-    async def explain(request): return await answer(request, lambda content: told(predictor.explain(content, outline=False)))
+    async def explain(request):
+        return await answer(request,
+                            lambda content: told(predictor.explain(content, outline=False)))
     async def outline(request):
         def look(content):
             seen = predictor.explain(content, outline=True)
@@ -119,19 +138,27 @@ def create_app(
     async def failed(request, e): return JSONResponse({'error': e.detail}, e.status_code, e.headers)
     async def gone(request, e): return Response(status_code=400)  # nobody reads it
 
-    return Starlette(routes=[Route('/', start), Route('/explain', explain, methods=['POST']), Route('/outline', outline, methods=['POST'])],
-                     middleware=[Middleware(_WithHeaders, headers=headers), Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
+    return Starlette(routes=[Route('/', start), Route(
+        '/explain', explain, methods=['POST']), Route('/outline', outline, methods=['POST'])],
+                     middleware=[Middleware(_WithHeaders, headers=headers), Middleware(
+                         TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)],
                      exception_handlers={HTTPException: failed, ClientDisconnect: gone})
 
 # %% ../nbs/lab/app.ipynb #e0e5cd07
 def _listen(app, host, port):
-    "A server that does not run yet, the socket on which it already listens, and the address of its page."
+    """A server that does not run yet, the socket on which it already listens, and the address of
+    its page."""
     with optional('app'): import uvicorn
     try: listener = socket.create_server((host, port))
-    except OSError as e: raise OSError(f'cannot listen on {host}, port {port} ({e.strerror}): choose another port') from None
-    config = uvicorn.Config(app, http='h11', ws='none', lifespan='off', loop='asyncio', access_log=False, log_config=None, log_level='warning', server_header=False, proxy_headers=False,
+    except OSError as e:
+        raise OSError(
+            f'cannot listen on {host}, port {port} ({e.strerror}): choose another port') from None
+    config = uvicorn.Config(app, http='h11', ws='none', lifespan='off', loop='asyncio',
+                            access_log=False, log_config=None, log_level='warning',
+                            server_header=False, proxy_headers=False,
                             limit_concurrency=16, timeout_graceful_shutdown=3)
-    return uvicorn.Server(config), listener, f'http://{"127.0.0.1" if host == "0.0.0.0" else host}:{listener.getsockname()[1]}/'
+    return uvicorn.Server(
+        config), listener, f'http://{"127.0.0.1" if host == "0.0.0.0" else host}:{listener.getsockname()[1]}/'
 
 @contextmanager
 def running(app, host: str = '127.0.0.1', port: int = 0):  # -> address; port 0: any that is free
@@ -147,13 +174,15 @@ def running(app, host: str = '127.0.0.1', port: int = 0):  # -> address; port 0:
 
 def serve(
     predictor,                   # as for create_app
-    host: str = '127.0.0.1',     # another address lets other computers in, if they use it as the name
+    # another address lets other computers in, if they use it as the name
+    host: str = '127.0.0.1',
     port: int = 8765,            # 0: any that is free
     open_browser: bool = True,
 ):
     "Serves the page until Ctrl-C; `OSError` if the port is taken."
     predictor.max_pixels = MAX_PIXELS
-    server, listener, url = _listen(create_app(predictor, hosts={'127.0.0.1', 'localhost', host}), host, port)
+    server, listener, url = _listen(create_app(predictor, hosts={'127.0.0.1', 'localhost', host}),
+                                    host, port)
     print(f'{url} (Ctrl-C ends it)', flush=True)
     if open_browser: webbrowser.open(url)
     try: server.run([listener])

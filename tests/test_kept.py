@@ -288,7 +288,7 @@ from pathlib import Path
 from cxr_lab import pipeline, sweep
 assert pipeline.__file__.startswith(sys.argv[1])
 paths = pipeline.lessons(Path(sys.argv[1])/'nbs')
-print(json.dumps([{p.stem: pipeline._key(p, {})['code'] for p in paths}, sweep.plan_sweep(data='phantom', nbs=Path(sys.argv[1])/'nbs').points[0].steps]))
+print(json.dumps([{p.stem: pipeline.step_key(p, {})['code'] for p in paths}, sweep.plan_sweep(data='phantom', nbs=Path(sys.argv[1])/'nbs').points[0].steps]))
 """
 
 @pytest.mark.slow

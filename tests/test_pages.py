@@ -8,11 +8,11 @@ import pytest
 import site_check
 from PIL import Image
 
+from cxr_lab.answers import COLUMNS, to_cell
 from cxr_lab.explorable import page_part, shown
 from cxr_lab.gradcam import overlay
 from cxr_lab.pages import NOTICE, SIDE, data_uri, read_heatmap, read_plain, read_rows, write_report
 from cxr_lab.phantom import make_phantom
-from cxr_lab.predict import COLUMNS, to_cell
 from cxr_lab.runs import CLASSES, write_json
 
 HOSTILE = ['<script>alert(1)</script>.png', '"><img src=x onerror=alert(2)>.png', "' onmouseover='alert(3)", 'two\r\nlines.png', os.fsdecode(b'caf\xe9\xff.png'), '\u202egpj.exe', '{{ 7*7 }}', '{% raw %}',

@@ -65,6 +65,10 @@ def test_knobs(nbs):
     write_notebook('03_bad', 'a: int = 1 + n')
     with pytest.raises(ValueError, match='03_bad.ipynb: the parameter cell holds'): notebook_parameters('nbs/03_bad.ipynb')
 
+def planned(nbs, data=None, params=None, **more):
+    said = pipeline.typed_parameters(lessons(nbs), pipeline.with_data(params, data))
+    return pipeline.plan_overrides(lessons(nbs), said, **more)
+
 @pytest.mark.parametrize('name,value,expected', [
     ('lr', '1e-3', 1e-3), ('lr', '3', 3.), ('lr', 3, 3.), ('lr', np.float32(.5), .5), ('epochs', '12', 12), ('epochs', np.int64(2), 2), ('epochs', ' 7 ', 7),
     ('augment', 'true', True), ('augment', 'False', False), ('augment', np.bool_(True), True), ('data', 'kermany', 'kermany'), ('data', Path('nbs'), 'nbs')])
@@ -101,11 +105,11 @@ def test_addressed_beats_plain_in_any_order(nbs):
 
 def test_quick_never_beats_the_user(nbs, monkeypatch):
     monkeypatch.setattr(pipeline, 'QUICK', {'epochs': 3, 'seed': 9, 'elsewhere': 1})
-    assert pipeline._plan(lessons(nbs), params={'seed': '1'}, quick=True) == {'00_data': {'seed': 1}, '01_train': {'seed': 1, 'epochs': 3}}
-    assert pipeline._plan(lessons(nbs)) == {'00_data': {}, '01_train': {}}
+    assert planned(nbs, params={'seed': '1'}, quick=True) == {'00_data': {'seed': 1}, '01_train': {'seed': 1, 'epochs': 3}}
+    assert planned(nbs) == {'00_data': {}, '01_train': {}}
 
 def test_data_is_checked(nbs):
-    for data in ['phantom', 'kermany', 'pneumoniamnist', 'nbs', nbs]: assert pipeline._plan(lessons(nbs), data=data)['00_data']['data'] == str(data)
+    for data in ['phantom', 'kermany', 'pneumoniamnist', 'nbs', nbs]: assert planned(nbs, data=data)['00_data']['data'] == str(data)
     for bad in [dict(data='kermani'), dict(params={'data': 'no/such'}), dict(data='')]:
         with pytest.raises(UsageError, match='no data set and no folder'): run(**bad)
     with pytest.raises(UsageError, match='given twice'): run(data='phantom', params={'data': 'kermany'})
@@ -173,11 +177,11 @@ def test_resume(nbs, capfd):
     assert files() == ['00_data/00_data.html', '00_data/00_data.ipynb', '00_data/status.json', '01_train/01_train.html',
                        '01_train/01_train.ipynb', '01_train/status.json', 'index.html', 'pipeline.json', 'results.json']
 
-def why(path, run='runs/r'): return pipeline._why_run(Path(run), path.stem, pipeline._key(path, {}))
+def why(path, run='runs/r'): return pipeline._why_run(Path(run), path.stem, pipeline.step_key(path, {}))
 
 def complete(path, run='runs/r', **status):
     "As if a notebook had been executed."
-    write_json(Path(run)/path.stem/'status.json', {'id': 'x', 'upstream': {}, 'seconds': 1., **pipeline._key(path, {}), 'versions': versions()} | status)
+    write_json(Path(run)/path.stem/'status.json', {'id': 'x', 'upstream': {}, 'seconds': 1., **pipeline.step_key(path, {}), 'versions': versions()} | status)
 
 def test_other_versions_are_named_and_run_nothing(nbs, capfd):
     run(notebooks=['00'])
@@ -213,7 +217,7 @@ def test_no_lesson_holds_what_cannot_be_told():
 
 def test_code_that_is_not_python_is_left_to_its_execution(nbs):
     write_notebook('02_broken', RUN_DIR, 'def (')
-    assert 'not valid Python' in pipeline._key(nbs/'02_broken.ipynb', {})['code']['cells']
+    assert 'not valid Python' in pipeline.step_key(nbs/'02_broken.ipynb', {})['code']['cells']
 
 TRAINED = ("import json, pathlib, sys\nfrom cxr_lab.kept import is_kept, take_back\nstep = pathlib.Path(run_dir)/'02_trains'\ntake_back(step, 'seed_0')\n"
            "if not is_kept(step/'seed_0/recipe.json'):\n    (step/'seed_0').mkdir(exist_ok=True); (step/'seed_0/recipe.json').write_text('{}'); open('log.txt', 'a').write('trained\\n')\n")
@@ -273,7 +277,7 @@ def test_a_cell_is_named_by_its_first_line_of_code_or_the_heading_above(nbs):
     with pytest.raises(NotebookFailed, match=r'in cell \[3\] `raise ValueError\(1\)`'): run(notebooks=['02'])
 
 def test_an_incomplete_step_with_other_parameters_starts_from_scratch(nbs):
-    key = pipeline._key(nbs/'01_train.ipynb', {'lr': .5})
+    key = pipeline.step_key(nbs/'01_train.ipynb', {'lr': .5})
     write_json('runs/r/01_train/started.json', key | {'upstream': {}})
     Path('runs/r/01_train/checkpoint').touch()
     run(notebooks=['01'], resume=True, params={'lr': .5})

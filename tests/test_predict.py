@@ -1,5 +1,5 @@
 "Predictions on files of one's own: the same as the lessons', one row for every file, and nothing lost or half written when a run ends early."
-import csv, io, json, os, shutil, signal, subprocess, sys, time
+import io, json, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import cache
@@ -14,6 +14,7 @@ from PIL import Image
 from threadpoolctl import threadpool_info
 
 from cxr_lab import predict as P
+from cxr_lab.answers import predict_files, read_table
 from cxr_lab.data import Dataset, split_validation
 from cxr_lab.films import Refused, square
 from cxr_lab.gradcam import explain as gradcam_explain
@@ -22,44 +23,7 @@ from cxr_lab.masked import look_at_all
 from cxr_lab.model import build_model, load_model, overfit_one_batch, save_model
 from cxr_lab.runs import CLASSES, read_json, read_predictions, write_json
 from cxr_lab.train import predict as lesson_predict
-
-INFO = dict(model='small', image_size=32, aspect='stretch', threshold=.45, trained_on='phantom')
-
-@cache
-def _trained():
-    torch.manual_seed(0)
-    x = torch.nn.functional.interpolate(torch.rand(64, 1, 4, 4), (32, 32), mode='bilinear')
-    net = build_model('small')
-    overfit_one_batch(net, x, (x[:, 0, :, :16].mean((1, 2)) > x[:, 0, :, 16:].mean((1, 2))).long(), 30)
-    return net.eval()
-
-def network():
-    "Tells which half is brighter: its answers differ from film to film."
-    return deepcopy(_trained())
-
-def saved(path, net=None, **info):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_model(path, net or network(), INFO | info)
-    return path
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory): return saved(tmp_path_factory.mktemp('model')/'model.safetensors')
-
-@pytest.fixture(scope='module')
-def predictor(model): return P.Predictor.load(model, device='cpu')
-
-@pytest.fixture(scope='module')
-def films(tmp_path_factory, phantom_images):
-    "Eleven films in two folders with the same names, and two files that are none."
-    root = tmp_path_factory.mktemp('films')
-    files = sorted((phantom_images/'test').rglob('*.jpeg'))
-    for i in range(11):
-        target = root/'ab'[i % 2]/f'film {i // 2}.jpeg'
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(files[3 * i], target)
-    (root/'a'/'cut.jpeg').write_bytes(files[0].read_bytes()[:600])
-    (root/'b'/'page.png').write_text('<html>404</html>')
-    return root
+from predictors import INFO, films, model, network, predictor, saved
 
 # --- the same as the lessons
 
@@ -120,8 +84,8 @@ def test_dicom_and_png_of_one_array_agree(tmp_path, predictor):
     ds.HighBit, ds.PixelRepresentation, ds.PixelData = 7, 0, a.tobytes()
     ds.save_as(tmp_path/'a.dcm', enforce_file_format=True)
     Image.fromarray(a).save(tmp_path/'b.png')
-    told = P.predict_files(predictor, [tmp_path/'a.dcm', tmp_path/'b.png', a], tmp_path/'out')
-    table = P.read_table(tmp_path/'out'/'predictions.csv')
+    told = predict_files(predictor, [tmp_path/'a.dcm', tmp_path/'b.png', a], tmp_path/'out')
+    table = read_table(tmp_path/'out'/'predictions.csv')
     assert told['counts']['read'] == 3 and table.probability.nunique() == 1
     assert not any(b'Secret' in f.read_bytes() for f in (tmp_path/'out').rglob('*') if f.is_file())
 
@@ -232,7 +196,7 @@ def test_lungs_are_drawn_and_judged_if_asked(model, films, tmp_path):
     assert e.outline.shape == e.gray.shape and e.outline.mean() == pytest.approx(140 * 180 / 256**2, abs=.03) and not e.warning
     assert not np.array_equal(e.overlay, P.overlay(e.gray, e.heat))
     assert predictor.predict(np.zeros((50, 50), np.uint8)).warning[0] == 'no plausible lungs (empty)'
-    assert P.predict_files(predictor, films, tmp_path)['settings']['lungs'] == 'lungs'
+    assert predict_files(predictor, films, tmp_path)['settings']['lungs'] == 'lungs'
 
 # --- inputs
 
@@ -270,7 +234,7 @@ def test_reading_ahead_is_bounded(predictor, monkeypatch):
     def counted(*a): started[0] += 1; return read(*a)
     monkeypatch.setattr(predictor, '_read', counted)
     images = (np.full((8, 8), i, np.uint8) for i in range(100))
-    for answers in predictor._stream(P._sources(images), batch_size=4, workers=2):
+    for answers in predictor.stream(P.images_in(images), batch_size=4, workers=2):
         finished[0] += len(answers)
         assert started[0] <= finished[0] + 4 * (2 + 1), 'a batch for each of two threads, and one in waiting'
     assert finished[0] == 100
@@ -334,7 +298,7 @@ def test_threads_do_not_change_answers_or_settings(predictor, phantom_images, mo
         inside.append((torch.get_num_threads(), *(b['num_threads'] for b in threadpool_info() if b['user_api'] == 'blas')))
         return answers(*a)
     monkeypatch.setattr(predictor, '_answers', looked)
-    one, many = (pd.concat([pd.DataFrame(b) for b in predictor._stream(P._sources(phantom_images/'test'), batch_size=3, heat=True, view=64, workers=w)]) for w in (1, 5))
+    one, many = (pd.concat([pd.DataFrame(b) for b in predictor.stream(P.images_in(phantom_images/'test'), batch_size=3, heat=True, view=64, workers=w)]) for w in (1, 5))
     assert one.probability.tolist() == many.probability.tolist() and one.path.tolist() == many.path.tolist() and all((a == b).all() for a, b in zip(one.heat, many.heat))
     assert settings() == before and before[0] > 1 and {n for row in inside for n in row} == {1}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in predictor.network.modules())
@@ -353,192 +317,3 @@ def test_folding_changes_no_answer(name):
     kinds = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in n.modules()) for n in (net, folded)]
     assert kinds[0] > kinds[1]
     assert [n for n, _ in net.named_modules() if n != 'scale'] == [n for n, _ in folded.named_modules() if n != 'scale'], 'layers are found by their names'
-
-# --- the table
-
-NAMES = ['plain.png', '=cmd|\'/c calc\'!A1', '+1', '-2', '@SUM(A1)', '\tx', '\rx', '\n=x', "'=x", "''", 'a,b;"c"', 'two\nlines', 'mac\rline', os.fsdecode(b'caf\xe9\xff'), r'C:\udce9\u005c', '\\', r'\u005cudce9', '＝1', '日本.png', '']
-
-def test_cells_can_be_undone():
-    rng = np.random.default_rng(0)
-    letters = list("=+-@'\\ud0ce95\t\r\n\",;aé\udce9\udcff\ud800")
-    for text in NAMES + [''.join(rng.choice(letters, rng.integers(0, 12))) for _ in range(3000)]:
-        cell = P.to_cell(text)
-        assert P.from_cell(cell) == text and not cell.startswith(('=', '+', '-', '@', '\t', '\r', '\n', '＝')), repr(text)
-        cell.encode('utf-8')
-
-def test_the_table_is_readable_by_others(tmp_path):
-    rows = [[name, 'NORMAL', '0.25', '0.5', '', '', '', '', ''] for name in NAMES]
-    table = P._Table(tmp_path/'t.csv', [])
-    table.append(rows); table.file.close()
-    ours, theirs = P.read_table(tmp_path/'t.csv'), pd.read_csv(tmp_path/'t.csv', keep_default_na=False)
-    assert ours.path.tolist() == NAMES and theirs.probability.tolist() == [.25] * len(NAMES) == ours.probability.tolist()
-    assert theirs.path[0] == NAMES[0] and list(theirs) == list(P.COLUMNS)
-
-@pytest.mark.skipif(sys.platform == 'win32', reason='Windows forbids such names')
-def test_hostile_names_from_end_to_end(tmp_path, predictor, films, monkeypatch):
-    names = [n for n in NAMES if n and '/' not in n] + ['=calc().jpeg', '<b>&amp;.jpeg']
-    folder = tmp_path/'in'
-    folder.mkdir()
-    for name in names: shutil.copy(films/'a'/'film 0.jpeg', folder/name)
-    told = P.predict_files(predictor, [folder/n for n in names], tmp_path/'out', batch_size=5)
-    table = P.read_table(tmp_path/'out'/'predictions.csv')
-    assert table.path.tolist() == [str(folder/n) for n in names] and table.heatmap.nunique() == len(names) == told['counts']['read']
-    for h in table.heatmap: Image.open(tmp_path/'out'/h).verify()
-    monkeypatch.chdir(folder)
-    relative = [n for n in names if n[0] != '\n']
-    P.predict_files(predictor, relative, tmp_path/'relative', heatmaps=False)
-    with open(tmp_path/'relative'/'predictions.csv', newline='', encoding='utf-8') as f:
-        assert not any(cell.startswith(('=', '+', '-', '@', '\t', '\r')) for row in csv.reader(f) for cell in row)
-    assert P.read_table(tmp_path/'relative'/'predictions.csv').path.tolist() == relative
-
-def test_heatmap_names():
-    paths = ['a/x.jpeg', 'b/x.jpeg', 'a/x.png', 'a/X.jpeg', 'x' * 300, '../../etc/passwd', '.png', os.fsdecode(b'\xff'), '<i>.png', 'CON']
-    names = [P.heatmap_name(p) for p in paths]
-    assert len({n.lower() for n in names}) == len(paths) and names == [P.heatmap_name(p) for p in paths]
-    assert all(len(n) < 70 and n.endswith('.png') and n[0] not in '.-' and all(c.isascii() and (c.isalnum() or c in '._-') for c in n) for n in names), names
-
-# --- runs that end early
-
-def contents(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.lock' and p.name != 'provenance.json'}
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory, predictor, films):
-    "A run that nothing disturbed."
-    out = tmp_path_factory.mktemp('whole')
-    told = P.predict_files(predictor, films, out, batch_size=4)
-    assert told['complete'] and told['counts'] == dict(files=13, read=11, unreadable=2, warned=0, NORMAL=told['counts']['NORMAL'], PNEUMONIA=11 - told['counts']['NORMAL'])
-    return out
-
-def test_files_of_a_run(whole, predictor, films):
-    table = P.read_table(whole/'predictions.csv')
-    direct = predictor.predict(films, batch_size=4)
-    assert table.path.tolist() == direct.path.tolist() and table.label.tolist() == direct.label.tolist() and table.error.tolist() == direct.error.tolist()
-    np.testing.assert_allclose(table.probability, direct.probability, rtol=1e-6)
-    assert set(contents(whole)) == {'predictions.csv', *table.heatmap[table.heatmap != '']} and (table.heatmap != '').sum() == 11
-    drawn = table[table.heatmap != ''].iloc[0]
-    assert np.abs(np.asarray(Image.open(whole/drawn.heatmap)).astype(int) - predictor.explain(drawn.path, view=256).overlay).max() <= 2
-    told = read_json(whole/'provenance.json')
-    assert told['caveat'] == P.CAVEAT and told['model']['sha256'] == predictor.digest and told['versions']['torch'] and told['settings']['threshold'] == .45
-    assert str(films) not in json.dumps(told)
-
-def test_resume_from_every_kind_of_tear(tmp_path, whole, predictor, films):
-    out, expected = tmp_path/'out', contents(whole)
-    size = len(expected['predictions.csv'])
-    for cut in [0, 1, 90, *range(130, size, size // 5), size - 1, size]:
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(whole, out)
-        os.truncate(out/'predictions.csv', cut)
-        write_json(out/'provenance.json', read_json(whole/'provenance.json') | dict(complete=False))
-        (out/'heatmaps'/'.half.1.tmp').write_bytes(b'x')
-        assert len(P.read_table(out/'predictions.csv')) <= 13
-        told = P.predict_files(predictor, films, out, batch_size=4, resume=True)
-        assert contents(out) == expected, cut
-        assert told['complete'] and told['counts'] == read_json(whole/'provenance.json')['counts'] and told['created'] == read_json(whole/'provenance.json')['created']
-
-def test_ctrl_c_leaves_whole_rows_that_resume_completes(tmp_path, whole, predictor, films, monkeypatch):
-    answers, fifth = predictor._answers, P.read_table(whole/'predictions.csv').path[4]
-    def interrupted(reads, *a):
-        if reads[0].path == fifth: raise KeyboardInterrupt
-        return answers(reads, *a)
-    monkeypatch.setattr(predictor, '_answers', interrupted)
-    with pytest.raises(KeyboardInterrupt, match='stopped after 4 files'): P.predict_files(predictor, films, tmp_path, batch_size=4)
-    monkeypatch.undo()
-    table, told = P.read_table(tmp_path/'predictions.csv'), read_json(tmp_path/'provenance.json')
-    assert len(table) == 4 == told['counts']['files'] and not told['complete'] and (tmp_path/'predictions.csv').read_bytes().endswith(b'\n')
-    assert contents(whole)['predictions.csv'].startswith((tmp_path/'predictions.csv').read_bytes())
-    P.predict_files(predictor, films, tmp_path, batch_size=4, resume=True)
-    assert contents(tmp_path) == contents(whole)
-
-def test_a_full_disk_leaves_whole_rows(tmp_path):
-    table = P._Table(tmp_path/'t.csv', [])
-    table.append([['a'] + [''] * 8])
-    before, file = (tmp_path/'t.csv').read_bytes(), table.file
-    class Full:
-        def __getattr__(self, name): return getattr(file, name)
-        def write(self, content):
-            if len(content) < 10: raise OSError(28, 'No space left on device')
-            return file.write(content[:10])
-    table.file = Full()
-    with pytest.raises(OSError, match='No space'): table.append([['b' * 40] + [''] * 8])
-    file.close()
-    assert (tmp_path/'t.csv').read_bytes() == before
-
-def test_finished_runs_and_new_files(tmp_path, predictor, films):
-    folder, out = tmp_path/'in', tmp_path/'out'
-    shutil.copytree(films/'a', folder)
-    P.predict_files(predictor, folder, out, batch_size=4)
-    before = (out/'predictions.csv').read_bytes()
-    assert P.predict_files(predictor, folder, out, batch_size=4, resume=True)['counts']['files'] == 7 and (out/'predictions.csv').read_bytes() == before
-    shutil.copy(films/'b'/'film 0.jpeg', folder/'0 new.jpeg')
-    P.predict_files(predictor, folder, out, resume=True)
-    assert (out/'predictions.csv').read_bytes().startswith(before) and P.read_table(out/'predictions.csv').path.tolist()[7:] == [str(folder/'0 new.jpeg')]
-
-def test_named_twice_is_two_rows_also_after_resume(tmp_path, predictor, films):
-    twice = [films/'a'/'film 0.jpeg'] * 5
-    P.predict_files(predictor, twice, tmp_path, batch_size=2)
-    rows = P._whole_rows(tmp_path/'predictions.csv')
-    (tmp_path/'predictions.csv').write_bytes(b''.join(rows[:4]))
-    write_json(tmp_path/'provenance.json', read_json(tmp_path/'provenance.json') | dict(complete=False))
-    assert P.predict_files(predictor, twice, tmp_path, batch_size=2, resume=True)['counts']['files'] == 5 == len(P.read_table(tmp_path/'predictions.csv'))
-
-def test_what_must_not_be_continued(tmp_path, model, predictor, films, whole):
-    out = tmp_path/'out'
-    shutil.copytree(whole, out)
-    before, other = contents(out), network()
-    other.head.bias.data += 1
-    with pytest.raises(ValueError, match='holds results already'): P.predict_files(predictor, films, out)
-    for match, p, options in [('threshold', P.Predictor.load(model, threshold=.9), {}), ('heatmaps', predictor, dict(heatmaps=False)), ('model', P.Predictor.load(saved(tmp_path/'m.safetensors', other)), {})]:
-        with pytest.raises(ValueError, match=f'other settings: {match}'): P.predict_files(p, films, out, resume=True, **options)
-    with FileLock(out/'.predict.lock'), pytest.raises(RuntimeError, match='another process'): P.predict_files(predictor, films, out, resume=True)
-    (out/'predictions.csv').write_text('path,score\nx,1\n')
-    with pytest.raises(ValueError, match='no table of this program'): P.predict_files(predictor, films, out, resume=True)
-    (out/'provenance.json').unlink()
-    with pytest.raises(ValueError, match='no provenance.json'): P.predict_files(predictor, films, out, resume=True)
-    assert (out/'predictions.csv').read_text() == 'path,score\nx,1\n' and all((out/n).read_bytes() == c for n, c in before.items() if n != 'predictions.csv')
-    (tmp_path/'nothing').mkdir()
-    with pytest.raises(FileNotFoundError, match='no image'): P.predict_files(predictor, tmp_path/'nothing', tmp_path/'never')
-    assert not (tmp_path/'never').exists()
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == 'win32', reason='no SIGKILL')
-def test_killed_at_any_moment(tmp_path, model, phantom_images, predictor):
-    "A real process, killed three times without notice, ends with the same bytes."
-    folder = phantom_images/'test'
-    P.predict_files(predictor, folder, tmp_path/'whole', batch_size=4)
-    code = (f'import time; from cxr_lab.predict import *; p = Predictor.load({str(model)!r}, device="cpu"); a = p._answers\n'
-            'def slow(*x): time.sleep(.5); return a(*x)\n'
-            f'p._answers = slow; print("go", flush=True); predict_files(p, {str(folder)!r}, {str(tmp_path/"out")!r}, batch_size=4, resume=True)')
-    for seconds in (.7, .9, .8):
-        with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-    assert not read_json(tmp_path/'out'/'provenance.json')['complete'], 'it was killed too late to prove anything'
-    subprocess.run([sys.executable, '-c', code], check=True)
-    assert contents(tmp_path/'out') == contents(tmp_path/'whole')
-
-# --- ONNX
-
-@pytest.mark.parametrize('name, size', [('small', 48), pytest.param('resnet18', 64, marks=pytest.mark.slow)])
-def test_onnx_agrees_with_pytorch(tmp_path, name, size):
-    ort = pytest.importorskip('onnxruntime')
-    torch.manual_seed(3)
-    net = build_model(name).eval()
-    file = saved(tmp_path/'m.safetensors', net, model=name, image_size=size)
-    told = P.export_onnx(file, tmp_path/'m.onnx')
-    session = ort.InferenceSession(tmp_path/'m.onnx', providers=['CPUExecutionProvider'])
-    for n in (1, 3):
-        x = torch.rand(n, 1, size, size)
-        with torch.no_grad(): expected = net(x)
-        logits, p = session.run(None, {'pixels': x.numpy()})
-        np.testing.assert_allclose(logits, expected, atol=1e-4)
-        np.testing.assert_allclose(p, expected.softmax(1)[:, 1], atol=1e-4)
-    props = session.get_modelmeta().custom_metadata_map
-    assert json.loads(props['image_size']) == size and json.loads(props['classes']) == list(CLASSES) and json.loads(props['threshold']) == .45 and props['caveat'] == P.CAVEAT == told['caveat']
-    assert [p.name for p in tmp_path.iterdir() if '.onnx' in p.name] == ['m.onnx']
-    assert isinstance(load_model(file)[0].scale, torch.nn.Module)
-
-def test_onnx_without_its_packages(tmp_path, model, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'onnxscript', None)
-    with pytest.raises(RuntimeError, match=r"pip install 'cxr_lab\[onnx\]'"): P.export_onnx(model, tmp_path/'m.onnx')
-    assert not (tmp_path/'m.onnx').exists()

@@ -10,6 +10,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
+import site_check
 from cxr_lab.model import build_model, to_float
 from cxr_lab.runs import CLASSES, atomic_path
 from cxr_lab.train import predict
