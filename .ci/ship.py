@@ -8,7 +8,7 @@ import cxr_lab
 from cxr_lab.model import load_model
 from cxr_lab.predict import learn_usual, training_data
 from cxr_lab.runs import atomic_path, read_json, read_metrics, write_json
-from cxr_lab.segment import ATTRIBUTION
+from cxr_lab.lungs import ATTRIBUTION
 
 INTENDED = 'Education and research. Not a diagnostic device.'
 LIMITS = ("Frontal chest radiographs of children aged one to five, all from one hospital (Guangzhou Women and Children's Medical Center); what it says about adults, other hospitals, "

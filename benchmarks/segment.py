@@ -9,7 +9,7 @@ def ours(segmenter, root, folder):
     "Files checked and decoded, segmented in batches, masks cleaned; nothing is reused."
     from cxr_lab.data import index_images
     from cxr_lab.images import pixel_cache
-    from cxr_lab.segment import segment
+    from cxr_lab.lungs import segment
     cache = folder/f'{len(list(folder.iterdir()))}'
     index, rejected = index_images(root, size=256, folder=cache)
     assert not len(rejected), rejected
@@ -21,7 +21,7 @@ def reference_in_batches(model, root, folder):
     "The reference's network and steps, from the pixel cache, in batches: what is gained without another network."
     from cxr_lab.data import index_images
     from cxr_lab.images import pixel_cache
-    from cxr_lab.segment import segment_reference
+    from cxr_lab.reference import segment_reference
     cache = folder/f'{len(list(folder.iterdir()))}'
     index, _ = index_images(root, size=256, folder=cache)
     masks = segment_reference(model, pixel_cache(root, index, 256, folder=cache))
@@ -44,7 +44,8 @@ def published_way(model, files):
 if __name__ == '__main__':
     a = arguments(__doc__, images=(400, 'training images for lesson 07'), slow=(40, "images for the reference's network"), repeats=(3, 'times each; the median counts'))
     load = round(os.getloadavg()[0], 1)
-    from cxr_lab.segment import load_segmenter, reference_unet
+    from cxr_lab.lungs import load_segmenter
+    from cxr_lab.reference import reference_unet
     with image_folder(a.images) as (root, what, work):
         files = [p for folder in sorted(root.glob('train/*')) for p in sorted(folder.iterdir())]
         some = work/'some'  # both classes, and both splits that an index needs

@@ -97,9 +97,9 @@ def main(a):
     from cxr_lab import __file__ as package
     from cxr_lab.data import Dataset, index_images, split_validation
     from cxr_lab.images import find_data, pixel_cache
+    from cxr_lab.lungs import load_segmenter, segment
     from cxr_lab.model import load_model
     from cxr_lab.runs import CLASSES
-    from cxr_lab.segment import load_segmenter, segment
     from cxr_lab.tsne import embed
     from cxr_lab.unusual import Unusual
     if not os.environ.get('CXR_LAB_DATA'): raise SystemExit('the real images are needed; CXR_LAB_DATA names the folder that holds chest_xray/')

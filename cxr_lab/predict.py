@@ -31,10 +31,11 @@ from .data import Dataset
 from .films import ASPECTS, MAX_PIXELS, Film, Refused, find_films, read_film, to_gray
 from .gradcam import GradCAM, Maps, overlay, scale_map
 from .images import find_data, pixel_cache
+from .lungs import (OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape,
+                           tidy)
 from .masked import VIEWS, look, look_at_all
 from .model import load_model, to_float
 from .runs import CLASSES, read_json, read_metrics, resolve_run_dir
-from .segment import OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape, tidy
 from .tsne import head_of, inputs_of
 from .unusual import Unusual, fit_unusual
 

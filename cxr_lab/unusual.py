@@ -23,7 +23,7 @@ from .data import Dataset, index_images
 from .images import find_data, pixel_cache
 from .model import to_float
 from .runs import atomic_path, read_json
-from .segment import implausible, mask_shape
+from .lungs import implausible, mask_shape
 from .tsne import embed
 
 # %% ../nbs/lab/unusual.ipynb #74d23685

@@ -68,6 +68,17 @@ def phantom_index(phantom_images):
     return index_images(phantom_images)[0]
 
 @pytest.fixture(scope='session')
+def chests(phantom_root):
+    "Index, 64-pixel images and outlines of the small phantoms."
+    from cxr_lab.data import Dataset, index_images, split_validation
+    from cxr_lab.images import Source, pixel_cache
+    from cxr_lab.lungs import lung_outlines
+    source = Source('phantom', phantom_root/'chest_xray', phantom_root/'lung_masks')
+    index = split_validation(index_images(source.images)[0], .2)
+    data = Dataset(index, pixel_cache(source.images, index, 64), source)
+    return data, *lung_outlines(source, index, 64)
+
+@pytest.fixture(scope='session')
 def tiny():
     "200 images in memory, 32 pixels: class 1 has a faint bright disk. Learnable in seconds, not perfectly."
     import numpy as np, pandas as pd

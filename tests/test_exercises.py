@@ -68,8 +68,11 @@ MOVE = ('x = move(x, g[:, 0] * _between(n, -12, 12, x), '
         '(g * _between((n, 2), -.25, .25, x)).exp(), g * _between((n, 2), -.08, .08, x))')
 EXPOSE = ('x = expose(x, (p * _between(n, -.7, .7, x)).exp(), (p * _between(n, -.7, .5, x)).exp(), '
           'p * _between(n, -.2, .2, x), p * _between(n, 0, .06, x))')
-SCALED = ('out[i, ..., 0] = ((np.arange(256) - low) / max(high - low, 1))'
-          '.clip(-.5, 1.5).astype(np.float32)[image]')
+IMPORTED = 'from cxr_lab.lungs import prepare'
+PLAIN = ('return np.stack([cv2.resize(i, (size, size)) for i in pixels[:, 0]])[..., None]'
+         ' / np.float32(255)')
+BY_HAND = ('assert np.abs(prepare(image[None, None], size)[0, ..., 0] - by_hand.clip(-.5, 1.5))'
+           ".max() < .02, 'the same as by hand'\n")
 EXPOSURE = "assert np.abs(x - x[1]).mean() < .05, 'the exposure should be gone'\n"
 BLANK = ('assert not prepare(np.full((1, 1, 64, 64), 200, np.uint8), 32).any(), '
          "'a blank image has nothing to scale'\n")
@@ -95,9 +98,10 @@ EXERCISES = [
     Exercise('04_augment', 3, [(MOVE, for_all(MOVE)), (EXPOSE, for_all(EXPOSE))],
              ['`_between(n, `', '`_between(1, `', '`_between((n, 2), `', '`_between((1, 2), `'],
              ['Augment.forward'], ['seed_0']),
-    Exercise('07_segment', 1, [(SCALED, 'out[i, ..., 0] = image / 255'),
-                               (EXPOSURE, ''), (BLANK, ''), (STRESS, '')],
-             ['`out[i, ..., 0] = image / 255`', *map(message, (EXPOSURE, BLANK, STRESS))],
+    Exercise('07_segment', 1, [(IMPORTED, f'def prepare(pixels, size):\n    {PLAIN}'),
+                               (BY_HAND, ''), (EXPOSURE, ''), (BLANK, ''), (STRESS, '')],
+             [f'`{IMPORTED}`', '`def prepare(pixels, size):`', f'`{PLAIN}`',
+              *map(message, (BY_HAND, EXPOSURE, BLANK, STRESS))],
              ['prepare'], []),
     Exercise('08_masked', 2, [(', image, 0).astype', ', image, image[mask].mean()).astype'),
                               (WHOLE, ''), (BLACK, '')],

@@ -242,7 +242,7 @@ def keras_file(path, layer):
     return path
 
 def test_code_in_a_keras_file_is_not_run(tmp_path):
-    from cxr_lab.segment import load_segmenter
+    from cxr_lab.lungs import load_segmenter
     mark = tmp_path/'executed'
     command = f'touch {mark}'
     popen = dict(module='subprocess', class_name='Popen', config=dict(args=command, shell=True), registered_name='Popen')

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from cxr_lab import segment
-from cxr_lab.segment import (clean_reference, equalize, fetch_reference, git_blob_id, load_reference, prepare_reference, reference_statistics, reference_unet,
-                             segment_reference)
+from cxr_lab import reference
+from cxr_lab.reference import (clean_reference, equalize, fetch_reference, git_blob_id, load_reference, prepare_reference, reference_statistics, reference_unet,
+                               segment_reference)
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 h5py = pytest.importorskip('h5py')
@@ -369,8 +369,8 @@ def server(monkeypatch, tmp_path):
     server.content, server.asked, server.stop = CONTENT, [], None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path/'right').write_bytes(CONTENT)
-    monkeypatch.setitem(segment.REFERENCE, 'url', f'http://127.0.0.1:{server.server_address[1]}/trained_model.hdf5')
-    monkeypatch.setitem(segment.REFERENCE, 'blob', git_blob_id(tmp_path/'right'))
+    monkeypatch.setitem(reference.REFERENCE, 'url', f'http://127.0.0.1:{server.server_address[1]}/trained_model.hdf5')
+    monkeypatch.setitem(reference.REFERENCE, 'blob', git_blob_id(tmp_path/'right'))
     yield server
     server.shutdown()
     server.server_close()
@@ -401,8 +401,8 @@ def test_broken_connection_is_continued(server, tmp_path):
 def test_offline(monkeypatch, tmp_path):
     with socket.socket() as s:  # bound and not listening: nothing answers there, and nobody else gets the port
         s.bind(('127.0.0.1', 0))
-        monkeypatch.setitem(segment.REFERENCE, 'url', f'http://127.0.0.1:{s.getsockname()[1]}/trained_model.hdf5')
+        monkeypatch.setitem(reference.REFERENCE, 'url', f'http://127.0.0.1:{s.getsockname()[1]}/trained_model.hdf5')
         with pytest.raises(OSError, match='could not be downloaded.*network.*by hand.*load_reference'): fetch_reference(tmp_path/'w')
     assert names(tmp_path/'w') == []
 
-def test_pinned(): assert segment.REFERENCE['blob'] == 'fdb8dfcedc9512e8d2d3146b2ce32e35faaf2d34' and 'imlab-uiip/lung-segmentation-2d' in segment.REFERENCE['url']
+def test_pinned(): assert reference.REFERENCE['blob'] == 'fdb8dfcedc9512e8d2d3146b2ce32e35faaf2d34' and 'imlab-uiip/lung-segmentation-2d' in reference.REFERENCE['url']
