@@ -25,7 +25,7 @@ from .knobs import Knob, did_you_mean, list_knobs, read_knobs
 from .overview import render_lesson, write_overview
 from .report import result_code, write_results
 from .runs import (
-    PROGRESS, _discard, _is_checkout, outdated, read_json, read_status, resolve_run_dir,
+    PROGRESS, discard, is_checkout, outdated, read_json, read_status, resolve_run_dir,
     update_json, versions, write_json)
 
 # %% ../nbs/lab/pipeline.ipynb #513dc50b
@@ -209,7 +209,7 @@ def plan_overrides(
 def _kernel_env(lessons):
     "What lets a child of this process use this cxr_lab with some lessons."
     env, source = for_children(lessons), PACKAGE.resolve().parent
-    if not _is_checkout(source): return env
+    if not is_checkout(source): return env
     places = str(source), os.environ.get('PYTHONPATH')
     return env | {'PYTHONPATH': os.pathsep.join(filter(None, places))}
 
@@ -390,7 +390,7 @@ def _clear(folder):
     (folder/'status.json').unlink(missing_ok=True)
     put_aside(folder)
     for path in folder.iterdir():
-        if path.name != ASIDE: _discard(path)
+        if path.name != ASIDE: discard(path)
 
 # %% ../nbs/lab/pipeline.ipynb #4e7bfb86
 def _check_folder(run, stem):
@@ -545,6 +545,6 @@ def run_notebook(
     os.replace(partial, folder/f'{stem}.ipynb')
     write_json(folder/'status.json', {'notebook': stem, 'id': uuid.uuid4().hex, **key,
                                       'seconds': round(seconds, 1), 'versions': versions()})
-    _discard(folder/ASIDE)  # trainings that nobody asked for
+    discard(folder/ASIDE)  # trainings that nobody asked for
     started.unlink()
     if not shown: tell(f'{title}: done in {seconds:.0f} s')

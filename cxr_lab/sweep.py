@@ -25,7 +25,7 @@ from cxr_lab.pipeline import (
     with_data)
 from .report import write_results
 from cxr_lab.runs import (
-    _discard, _full_disk, atomic_path, optional, read_json, read_status, resolve_run_dir,
+    discard, is_full_disk, atomic_path, optional, read_json, read_status, resolve_run_dir,
     write_json)
 from .tables import write_sweep
 
@@ -330,7 +330,7 @@ def _link(source, target):
 
 def _share(source, target):
     "Makes `target` a folder with the files of `source`, in place of what was there."
-    _discard(target)
+    discard(target)
     with atomic_path(target) as temporary: shutil.copytree(source, temporary, copy_function=_link)
 
 def _merge(runs):
@@ -392,7 +392,7 @@ def run_step(
         failure = _failure(e, node)
         try: write_json(run/'failed.json', failure)
         except OSError as e:  # it is also returned
-            if not _full_disk(e): raise
+            if not is_full_disk(e): raise
         return failure
     return dict(state='done', seconds=time.perf_counter() - begin if 'done' in said[-1] else None)
 
@@ -612,7 +612,7 @@ def sweep(
                                           points=[dict(name=p.name, **_point_facts(p))
                                                   for p in plan.points]))
         # half made when the last attempt was killed
-        for left in (out/'points').glob('.*'): _discard(left)
+        for left in (out/'points').glob('.*'): discard(left)
         say(f'{len(plan.points)} points, {len(plan.nodes)} executions of notebooks'
              + (f', {len(complete)} of them complete' if complete else ''))
         if todo:
@@ -651,5 +651,5 @@ def _write_all(out, states):
     "Tables, figures and page; when the disk is full, that is said and the sweep's results stay."
     try: write_sweep(out, states)
     except OSError as e:
-        if not _full_disk(e): raise
+        if not is_full_disk(e): raise
         say(f'the tables were not written: {e}')

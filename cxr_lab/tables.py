@@ -15,7 +15,7 @@ from markupsafe import escape
 from .explorable import environment
 from .pipeline import UsageError
 from .runs import (
-    _write_csv, atomic_path, read_json, read_metrics, read_status, write_json)
+    write_csv, atomic_path, read_json, read_metrics, read_status, write_json)
 from .scores import METRICS
 
 # %% ../nbs/lab/tables.ipynb #ae97f56a
@@ -113,7 +113,7 @@ def write_table(
 ):
     "Writes a tidy table; the same table gives the same bytes."
     path = Path(path)
-    if path.suffix == '.csv': return _write_csv(path, table)
+    if path.suffix == '.csv': return write_csv(path, table)
     if path.suffix != '.parquet': raise UsageError(f'{path}: .csv and .parquet can be written')
     # Parquet knows one type per column
     mixed = {c: str for c in _varied(table) if table[c].map(type).nunique() > 1}
@@ -290,13 +290,13 @@ def _write_states(out, states):
     names = ['state', 'notebook', 'cell', 'line', 'error', 'partial']
     rows = [dict(point=n) | {k: s.get(k) for k in names} for n, s in states.items()]
     table = pd.DataFrame(rows, columns=['point', *names])
-    _write_csv(out/'states.csv', table.astype({'cell': 'Int64'}))
+    write_csv(out/'states.csv', table.astype({'cell': 'Int64'}))
 
 def _write_comparison(out, table, baseline):
     "Differences to the baseline, if it is there: none or one (title, table)."
     if not baseline or not len(table) or not _rows_of(table, baseline).any(): return []
     comparison = compare_to(table, baseline)
-    _write_csv(out/'comparison.csv', comparison)
+    write_csv(out/'comparison.csv', comparison)
     return [(f'Difference to {_listed(baseline)}, paired', comparison)]
 
 def _write_figures(out, table, metrics, note):
@@ -318,7 +318,7 @@ def write_sweep(
     states = {p['name']: known.get(p['name']) or _point_state(out, p) for p in plan['points']}
     for name in ('table.csv', 'table.parquet'): write_table(table, out/name)
     summary = summarize(table)
-    _write_csv(out/'summary.csv', summary)
+    write_csv(out/'summary.csv', summary)
     _write_states(out, states)
     metrics, note = _shown_metrics(table) if len(table) else [], _note(out, plan['points'])
     tables = [('Means over seeds', summary), *_write_comparison(out, table, plan['baseline'])]
