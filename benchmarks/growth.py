@@ -52,7 +52,9 @@ def prepared(stage: str, folder: Path, n: int):
         return lambda: intervals(told)
     import torch
     from cxr_lab.model import build_model
-    from cxr_lab.train import fit, predict
+    from cxr_lab.networks import predict
+    from cxr_lab.train import PARTS
+    from cxr_lab.trainer import fit
     torch.set_num_threads(1)
     pixels = pixel_cache(root, index, SMALL, folder=cache)
     data = Dataset(split_validation(index), pixels, Source('folder', root))
@@ -60,7 +62,7 @@ def prepared(stage: str, folder: Path, n: int):
     (folder/'fit').mkdir(exist_ok=True)
     settings = dict(seed=0, epochs=1, batch_size=64, lr=3e-3, weight_decay=.02)
     about = dict(model='small', image_size=SMALL, aspect='stretch', trained_on='benchmark')
-    return lambda: fit(build_model('small'), data, folder/'fit', about, **settings)
+    return lambda: fit(build_model('small'), data, folder/'fit', about, PARTS, **settings)
 
 def one_stage(stage: str, folder: Path, n: int) -> dict:
     "Milliseconds of a core per image, and MB beyond what was there before."

@@ -8,9 +8,9 @@ from common import arguments, dataset, image_folder, report, seconds
 SIZE = 128
 
 def cached(data, batch):
-    "An epoch as cxr_lab.train reads it."
-    from cxr_lab.model import to_float
-    from cxr_lab.train import make_loader
+    "An epoch as cxr_lab.trainer reads it."
+    from cxr_lab.networks import to_float
+    from cxr_lab.trainer import make_loader
     for x, y in make_loader(data, 'train', batch, shuffle_seed=0):
         x = to_float(x)
         assert x.shape[1:] == (1, SIZE, SIZE)
@@ -30,8 +30,8 @@ def run_through(loader):
 
 def difference(root, data, batch):
     "Mean and largest absolute difference between the two sides' images, 0 to 1, in the same order, and whether the labels agree."
-    from cxr_lab.model import to_float
-    from cxr_lab.train import make_loader
+    from cxr_lab.networks import to_float
+    from cxr_lab.trainer import make_loader
     total, largest, n = 0., 0., 0
     for (a, ya), (b, yb) in zip(make_loader(data, 'train', batch), folder_loader(root, data, batch, 0, False), strict=True):
         a = to_float(a)

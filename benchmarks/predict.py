@@ -9,7 +9,8 @@ HERE = Path(__file__).resolve().parent
 def model_file(folder):
     "A small network as lesson 03 saves it, with fresh weights that give every image a map."
     import torch
-    from cxr_lab.model import build_model, save_model
+    from cxr_lab.model import build_model
+    from cxr_lab.networks import save_model
     torch.manual_seed(0)
     network = build_model('small').eval()
     network.head.weight.data.abs_()

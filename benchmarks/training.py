@@ -1,4 +1,4 @@
-"""Training the small network at 128 px with augmentation: cxr_lab.train.fit, one training per core side by side,
+"""Training the small network at 128 px with augmentation: cxr_lab.trainer.fit, one training per core side by side,
 and the loop that most tutorials write, on the same images."""
 import os, time
 from functools import partial
@@ -10,7 +10,8 @@ def ours(data, folder, epochs, batch, seed):
     import pytorch_lightning as pl
     from cxr_lab.augment import Augment
     from cxr_lab.model import build_model
-    from cxr_lab.train import fit
+    from cxr_lab.train import PARTS
+    from cxr_lab.trainer import fit
     class Clock(pl.Callback):
         times = []
         def on_train_epoch_start(self, *_): self.begin = time.perf_counter()
@@ -18,7 +19,7 @@ def ours(data, folder, epochs, batch, seed):
     place = folder/f'{time.time_ns()}-{seed}'
     place.mkdir()
     clock, begin = Clock(), time.perf_counter()
-    fit(build_model('small'), data, place, dict(model='small', image_size=128, aspect='stretch', trained_on='benchmark'),
+    fit(build_model('small'), data, place, dict(model='small', image_size=128, aspect='stretch', trained_on='benchmark'), PARTS,
         seed=seed, epochs=epochs, batch_size=batch, lr=3e-3, weight_decay=.02, augment=Augment(), patience=epochs,
         callbacks=[clock])
     n = len(data.rows('train'))//batch*batch*epochs
@@ -65,7 +66,7 @@ if __name__ == '__main__':
     load = round(os.getloadavg()[0], 1)
     os.environ.pop('OMP_NUM_THREADS', None)  # the plain loop takes the threads that PyTorch gives it
     from cxr_lab.cores import cores
-    from cxr_lab.train import default_precision
+    from cxr_lab.trainer import default_precision
     precision, n = default_precision({}), cores()
     with image_folder(a.images) as (root, what, work):
         data, _ = dataset(root)
@@ -74,7 +75,7 @@ if __name__ == '__main__':
         rates = {k: together(data, work/'fit', a.epochs, a.batch, k) for k in numbers}
         plain = {workers: tutorial(root, a.batch, workers, a.plain) for workers in (0, n)}
     best = max(plain, key=plain.get)
-    rows = [{'loop': f'cxr_lab.train.fit, {k} at a time, {precision}', 'images/s': rate, 'images/s, validation and checkpoints included': whole} for k, (rate, whole) in rates.items()]
+    rows = [{'loop': f'cxr_lab.trainer.fit, {k} at a time, {precision}', 'images/s': rate, 'images/s, validation and checkpoints included': whole} for k, (rate, whole) in rates.items()]
     rows.append({'loop': f'plain loop, {best} loader processes', 'images/s': plain[best], 'images/s, validation and checkpoints included': ''})
     rate, bar = rates[n][0], 1000 if precision == 'bf16-mixed' else 700
     checks = {f'images/s, {n} trainings at a time': (rate, bar, rate >= bar),

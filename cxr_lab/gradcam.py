@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from .data import COLORS, Dataset, index_images, split_validation
 from .films import read_pixels
 from .images import Source, pixel_cache
-from .model import to_float
+from .networks import predict, to_float
 from .phantom import generator, write_marked
 from .runs import CLASSES, progress
 from .scores import patient_weights
@@ -292,7 +292,6 @@ def deletion_insertion(
     steps: int = 16,
 ) -> dict:                # 'deletion' and 'insertion': (N,steps+1) float64, probability of the class
     "Replaces pixels by their blur, those with the highest values first, or puts them back into the blurred image (Petsiuk et al. 2018)."
-    from cxr_lab.train import predict
     n, _, h, w = pixels.shape
     if maps.shape != (n, h, w): raise ValueError(f'maps {maps.shape} do not fit pixels {pixels.shape}')
     out = {k: np.empty((n, steps + 1)) for k in ('deletion', 'insertion')}

@@ -34,7 +34,8 @@ from .images import find_data, pixel_cache
 from .lungs import (OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape,
                            tidy)
 from .masked import VIEWS, look, look_at_all
-from .model import load_model, to_float
+from .model import load_model
+from .networks import to_float
 from .runs import CLASSES, read_json, read_metrics, resolve_run_dir
 from .tsne import head_of, inputs_of
 from .unusual import Unusual, fit_unusual

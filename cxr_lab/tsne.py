@@ -18,7 +18,7 @@ from torch import nn
 
 from .cores import in_threads
 from .data import COLORS
-from .model import to_float
+from .networks import to_float
 from .runs import CLASSES, atomic_path
 
 # %% ../nbs/09_tsne.ipynb #cbd1f66a

@@ -21,7 +21,7 @@ from torch import nn
 import cxr_lab
 from .data import Dataset, index_images
 from .images import find_data, pixel_cache
-from .model import to_float
+from .networks import to_float
 from .runs import atomic_path, read_json
 from .lungs import implausible, mask_shape
 from .tsne import embed

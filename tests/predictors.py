@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from cxr_lab.model import build_model, overfit_one_batch, save_model
+from cxr_lab.model import build_model, overfit_one_batch
+from cxr_lab.networks import save_model
 from cxr_lab.predict import Predictor
 
 INFO = dict(model='small', image_size=32, aspect='stretch', threshold=.45, trained_on='phantom')

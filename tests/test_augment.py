@@ -8,7 +8,7 @@ from cxr_lab import augment
 from cxr_lab.augment import STRESSES, Augment, compare_recipes, expose, move, stress_test
 from cxr_lab.model import SmallCNN
 from cxr_lab.scores import METRICS, score
-from cxr_lab.train import predict
+from cxr_lab.networks import predict
 
 
 def images(n, side=33, seed=0): return torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(seed))

@@ -145,7 +145,8 @@ def test_usual_tells_what_it_wrote_or_why_not(films, monkeypatch):
     assert result.exit_code == 1 and "'none'" in result.stderr and result.stdout == ''
 
 def test_predict_says_if_it_cannot_warn(films):
-    from cxr_lab.model import build_model, save_model
+    from cxr_lab.model import build_model
+    from cxr_lab.networks import save_model
     assert 'cannot tell unusual images' not in cli('predict', 'films', '--out', 'o1', '--no-heatmaps').stderr
     save_model(Path('m.safetensors'), build_model('small'), dict(model='small', image_size=32, aspect='stretch', threshold=.5))
     assert 'm.safetensors cannot tell unusual images' in cli('predict', 'films', '--model', 'm.safetensors', '--out', 'o2', '--no-heatmaps').stderr

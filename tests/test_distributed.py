@@ -11,7 +11,8 @@ from safetensors import safe_open
 from cxr_lab.data import Dataset
 from cxr_lab.model import load_model
 from cxr_lab.runs import Step, read_json
-from cxr_lab.train import TRAINER, fit, kept_epoch, make_loader, run_experiment, trainer_settings
+from cxr_lab.train import PARTS
+from cxr_lab.trainer import TRAINER, fit, kept_epoch, make_loader, run_experiment, trainer_settings
 
 FILES = ('predictions.csv', 'model.safetensors', 'log.csv', 'metrics.json', 'recipe.json')
 
@@ -22,10 +23,11 @@ import json, multiprocessing, os, signal, sys, time
 from shutil import rmtree
 from pathlib import Path
 import numpy as np, pandas as pd, pytorch_lightning as pl, torch
-from cxr_lab import train
+from cxr_lab import train, trainer
 from cxr_lab.augment import Augment
 from cxr_lab.data import Dataset
 from cxr_lab.images import Source
+from cxr_lab.networks import predict
 from cxr_lab.runs import Step
 
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
@@ -36,13 +38,13 @@ def half_removed(folder):
         die()
     rmtree(folder)
 
-PLACES = {'step': (train.Classifier, 'training_step'), 'validation': (train.Classifier, 'validation_step'), 'saved': (pl.Trainer, 'save_checkpoint'),
-          'model': (train, 'save_model'), 'judge': (train, 'choose_threshold')}
+PLACES = {'step': (trainer.Classifier, 'training_step'), 'validation': (trainer.Classifier, 'validation_step'),
+          'saved': (pl.Trainer, 'save_checkpoint'), 'model': (trainer, 'save_model'), 'judge': (train, 'choose_threshold')}
 
 def prepare(place, call):
     "Kills this process at the given call, 'saved': after it; or after as many seconds, wherever it is then."
     if place == 'time': return signal.setitimer(signal.ITIMER_REAL, call)
-    if place == 'remove': train.shutil.rmtree = half_removed; return
+    if place == 'remove': trainer.shutil.rmtree = half_removed; return
     where, name = PLACES[place]
     function, calls = getattr(where, name), []
     def wrapped(*a, **k):
@@ -64,15 +66,15 @@ def work(data, folder, settings, kill=None, plainly=False, environment={}):
     torch.set_num_threads(1)
     folder = Path(folder)
     if plainly:
-        net, extra = plain(), train.trainer_settings(settings.pop('trainer', ''))
+        net, extra = plain(), trainer.trainer_settings(settings.pop('trainer', ''))
         folder.mkdir(exist_ok=True)
         if kill: prepare(*kill)
-        train.fit(net, data, folder, dict(model='small'), seed=1, **settings, **extra)
-        return np.save(folder/'p.npy', train.predict(net, data.pixels))
+        trainer.fit(net, data, folder, dict(model='small'), train.PARTS, seed=1, **settings, **extra)
+        return np.save(folder/'p.npy', predict(net, data.pixels))
     step = Step(folder, '00_data', dict(image_size=32, aspect='stretch', val_fraction=.15, seed=0, groups='names'))
     step.record(dataset=dict(fingerprint='f' * 64, kind='phantom'))
     if kill: prepare(*kill)
-    train.run_experiment(Step(folder, '03_train', {}), data, 'x', settings, Augment())
+    trainer.run_experiment(Step(folder, '03_train', {}), data, 'x', settings, train.PARTS, Augment())
 
 if __name__ == '__main__':
     index = pd.read_csv(sys.argv[2], keep_default_na=False, dtype={'path': str, 'patient': str, 'sha256': str})
@@ -171,7 +173,7 @@ def test_equally_good_epochs_the_lowest_loss_is_kept(tiny, tmp_path):
     torch.manual_seed(1)
     net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(1, 2))
     with torch.no_grad(): net[2].weight.copy_(torch.tensor([[-1.], [1.]]))
-    history = fit(net, data, tmp_path, dict(model='small'), seed=0, epochs=6, batch_size=30, lr=1e-2, weight_decay=0, patience=2)
+    history = fit(net, data, tmp_path, dict(model='small'), PARTS, seed=0, epochs=6, batch_size=30, lr=1e-2, weight_decay=0, patience=2)
     assert (history.val_auroc == 1).all() and len(history) == 6, 'a lower loss is progress'
     assert history.val_loss.is_monotonic_decreasing and kept_epoch(history).epoch == 5
     with safe_open(tmp_path/'model.safetensors', 'pt') as f: assert '"best_epoch": 5' in f.metadata()['cxr_lab.model.1']
@@ -209,7 +211,7 @@ def test_trainer_settings():
 
 def test_a_wrong_setting_fails_before_anything_is_made(tiny, tmp_path):
     step = Step(tmp_path, '03_train', {})
-    with pytest.raises(ValueError, match="found 'device'"): run_experiment(step, tiny, 'x', SETTINGS | dict(trainer='device=2'))
+    with pytest.raises(ValueError, match="found 'device'"): run_experiment(step, tiny, 'x', SETTINGS | dict(trainer='device=2'), PARTS)
     assert not list(tmp_path.rglob('seed_*'))
 
 PLAIN = dict(epochs=8, batch_size=12, lr=2e-2, weight_decay=.01)

@@ -64,10 +64,11 @@ FLIP = ['flip = (g[:, 0] > 0) & (_between(n, 0, 1, x) < .5)',
         'x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)']
 GEOMETRY = 'g = g * some(1)\n'
 WEIGHTS = 'torch.tensor([.5 / (1 - share), .5 / share], dtype=torch.float32)'
-MOVE = ('x = move(x, g[:, 0] * _between(n, -12, 12, x), '
-        '(g * _between((n, 2), -.25, .25, x)).exp(), g * _between((n, 2), -.08, .08, x))')
-EXPOSE = ('x = expose(x, (p * _between(n, -.7, .7, x)).exp(), (p * _between(n, -.7, .5, x)).exp(), '
-          'p * _between(n, -.2, .2, x), p * _between(n, 0, .06, x))')
+MOVE = """x = move(x, g[:, 0] * _between(n, -12, 12, x),
+                     (g * _between((n, 2), -.25, .25, x)).exp(),
+                     g * _between((n, 2), -.08, .08, x))"""
+EXPOSE = """x = expose(x, (p * _between(n, -.7, .7, x)).exp(), (p * _between(n, -.7, .5, x)).exp(),
+                       p * _between(n, -.2, .2, x), p * _between(n, 0, .06, x))"""
 IMPORTED = 'from cxr_lab.lungs import prepare'
 PLAIN = ('return np.stack([cv2.resize(i, (size, size)) for i in pixels[:, 0]])[..., None]'
          ' / np.float32(255)')
@@ -92,7 +93,7 @@ def message(check): return check.rpartition(', ')[2].strip().strip("'")
 
 EXERCISES = [
     Exercise('03_train', 1, [(WEIGHTS, 'torch.ones(2)')],
-             ['`fit`', WEIGHTS, 'torch.ones(2)'], ['fit'], ['seed_0']),
+             ['`class_weights`', WEIGHTS, 'torch.ones(2)'], ['class_weights'], ['seed_0']),
     Exercise('04_augment', 2, [(GEOMETRY, GEOMETRY + ''.join(f'            {l}\n' for l in FLIP))],
              [GEOMETRY.strip(), *FLIP], ['Augment.forward'], ['seed_0']),
     Exercise('04_augment', 3, [(MOVE, for_all(MOVE)), (EXPOSE, for_all(EXPOSE))],

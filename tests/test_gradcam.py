@@ -13,7 +13,8 @@ from torch import nn
 from cxr_lab import gradcam
 from cxr_lab.gradcam import (GradCAM, auc, baseline_maps, deletion_insertion, explain, layer_candidates, lung_mass_ratio, marker_boxes, marker_datasets, overlay, pick_samples, pointing_game,
                              scale_map)
-from cxr_lab.model import SmallCNN, build_model, to_float
+from cxr_lab.model import SmallCNN, build_model
+from cxr_lab.networks import to_float
 from cxr_lab.phantom import make_phantom, write_marked
 
 METHODS = ('gradcam', 'gradcam++', 'hirescam')

@@ -389,7 +389,7 @@ def test_data_of_many_times_the_memory(tmp_path):
         from pathlib import Path
         from cxr_lab import images
         from cxr_lab.data import Dataset
-        from cxr_lab.train import make_loader
+        from cxr_lab.trainer import make_loader
         def own(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) / 1024
         root, n, peak, done = Path(sys.argv[1]), 1600, [0], threading.Event()
         rng = np.random.default_rng(0)

@@ -141,7 +141,7 @@ def test_recursion_and_cycles_end(module):
     assert set(code_of(module(text).root)) >= {'even', 'odd', 'root', 'LOOP'}
 
 def test_libraries_are_not_followed():
-    assert is_ours('cxr_lab.train') and is_ours('__main__') and is_ours(__name__)
+    assert is_ours('cxr_lab.trainer') and is_ours('__main__') and is_ours(__name__)
     assert not any(map(is_ours, ('torch.nn', 'numpy', 'math', 'json', 'sys', 'builtins', 'no_such_module')))
     assert code_of(torch.nn.Linear, np.mean, json.dumps, len) == {}
 
@@ -155,9 +155,9 @@ def test_storing_and_scheduling_are_not_followed(module):
 LIST = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from cxr_lab import augment, kept, masked, model, train
+from cxr_lab import augment, kept, masked, train, trainer
 assert kept.__file__.startswith(sys.argv[1])
-print(json.dumps(kept.code_of(model.build_model, train.Classifier, train.fit, augment.Augment(), masked.look_at_all)))
+print(json.dumps(kept.code_of(*train.PARTS.functions(), trainer.Classifier, trainer.fit, trainer.leave_results, augment.Augment(), masked.look_at_all)))
 """
 
 def listed(root):
@@ -182,7 +182,7 @@ def package(tmp_path_factory):
 
 def test_what_a_training_depends_on(package):
     found = listed(package)
-    expected = {'SmallCNN.__init__', 'SmallCNN.forward', 'Classifier.training_step', 'Classifier.configure_optimizers', 'fit', '_average', 'kept_epoch',
+    expected = {'SmallCNN.__init__', 'SmallCNN.forward', 'Classifier.training_step', 'Classifier.configure_optimizers', 'fit', 'running_average', 'adamw', 'one_cycle', 'weighted_loss', 'judge', 'kept_epoch', 'predict',
                 'make_loader', 'Augment.forward', 'move', 'expose', 'look', 'look_at_all', 'conv', 'Standardize.forward', 'to_float'}
     assert expected <= set(found) and not any('cannot tell' in v for v in found.values())
     assert not {'plot_test', 'run_experiments', 'write_json', 'layer_table', 'stress_test'} & set(found)
@@ -191,7 +191,7 @@ def test_what_a_training_depends_on(package):
 def test_a_mutation_of_any_definition_that_a_training_uses_is_seen(package):
     "Each function and method on the list, one after the other, gets one more statement."
     before, tried = listed(package), 0
-    for file in (package/'cxr_lab'/f'{name}.py' for name in ('augment', 'masked', 'model', 'train')):
+    for file in (package/'cxr_lab'/f'{name}.py' for name in ('augment', 'masked', 'model', 'train', 'networks', 'trainer')):
         text = file.read_text()
         for name, node in functions(file).items():
             if name not in before: continue

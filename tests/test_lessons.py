@@ -19,7 +19,8 @@ LAB = sorted(p.stem for p in (REPO/'nbs'/'lab').glob('*.ipynb'))
 NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in LESSONS}
 FOUNDATION = ['00_data', '01_explore', '02_model', '03_train', '04_augment', '05_compare']
 STUDY = [p.stem for p in LESSONS]
-BASICS = ['runs', 'cores', 'kept', 'stored', 'phantom', 'films', 'images', 'scores', 'explorable', 'lungs', 'reference']  # what lessons import besides earlier lessons
+BASICS = ['runs', 'cores', 'kept', 'stored', 'phantom', 'films', 'images', 'scores', 'networks', 'trainer',
+          'explorable', 'lungs', 'reference']  # what lessons import besides earlier lessons
 
 def named(paths): return pytest.mark.parametrize('path', paths, ids=lambda p: p.stem)
 def code_cells(path): return [c for c in nbformat.read(path, 4).cells if c.cell_type == 'code']

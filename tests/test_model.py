@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cxr_lab import model as lab
-from cxr_lab.model import SmallCNN, Standardize, build_model, layer_table, load_model, overfit_one_batch, receptive_field, save_model, to_float
+from cxr_lab.model import SmallCNN, Standardize, build_model, layer_table, load_model, overfit_one_batch, receptive_field
+from cxr_lab.networks import save_model, to_float
 
 BACKBONES = ('resnet18', 'mobilenet_v3_small', 'shufflenet_v2_x0_5', 'mnasnet0_5', 'densenet121', 'efficientnet_b0')  # the fast ones
 

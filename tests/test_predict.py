@@ -20,9 +20,9 @@ from cxr_lab.films import Refused, square
 from cxr_lab.gradcam import explain as gradcam_explain
 from cxr_lab.images import Source, pixel_cache
 from cxr_lab.masked import look_at_all
-from cxr_lab.model import build_model, load_model, overfit_one_batch, save_model
+from cxr_lab.model import build_model, load_model, overfit_one_batch
+from cxr_lab.networks import predict as predict_batches, save_model
 from cxr_lab.runs import CLASSES, read_json, read_predictions, write_json
-from cxr_lab.train import predict as lesson_predict
 from predictors import INFO, films, model, network, predictor, saved
 
 # --- the same as the lessons
@@ -32,7 +32,7 @@ def test_same_as_the_pixel_cache_and_lesson_03(tmp_path, phantom_images, phantom
     pixels = pixel_cache(phantom_images, index, 32, folder=tmp_path)
     table = predictor.predict([phantom_images/p for p in index.path], batch_size=5)
     assert np.ptp(table.probability) > .2, 'answers that do not differ prove nothing'
-    np.testing.assert_allclose(table.probability, lesson_predict(predictor.network, pixels), atol=1e-6)
+    np.testing.assert_allclose(table.probability, predict_batches(predictor.network, pixels), atol=1e-6)
     assert table.label.tolist() == [CLASSES[int(p >= .45)] for p in table.probability] and (table.threshold == .45).all()
     assert not table[['warning', 'error', 'notes']].any().any() and list(table) == list(P.ROW)
 
@@ -45,7 +45,7 @@ def test_large_jpegs_are_decoded_as_in_lesson_00(tmp_path, aspect, phantom_image
         Image.open(phantom_images/p).resize((1500, 1100)).save(root/p, quality=92)
     index = index_images(root)[0]
     predictor = P.Predictor.load(saved(tmp_path/'model.safetensors', aspect=aspect))
-    expected = lesson_predict(predictor.network, pixel_cache(root, index, 32, aspect, folder=tmp_path/'cache'))
+    expected = predict_batches(predictor.network, pixel_cache(root, index, 32, aspect, folder=tmp_path/'cache'))
     np.testing.assert_allclose(predictor.predict([root/p for p in index.path]).probability, expected, atol=1e-5)
     assert predictor.explain(root/index.path[0]).probability == pytest.approx(expected[0], abs=1e-5)
 

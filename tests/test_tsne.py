@@ -11,9 +11,9 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 import site_check
-from cxr_lab.model import build_model, to_float
+from cxr_lab.model import build_model
+from cxr_lab.networks import predict, to_float
 from cxr_lab.runs import CLASSES, atomic_path
-from cxr_lab.train import predict
 from cxr_lab.tsne import (PALETTES, agreement, embed, embedding_table, groups_of, head_of, inputs_of, nearest_training, pca_map, plot_maps, separation,
                           told_apart, tsne_map, vectors_of)
 

@@ -286,7 +286,8 @@ def test_the_page_forgets(browser, xray):
 
 def test_with_a_real_predictor(session, tmp_path, xray):
     import torch
-    from cxr_lab.model import build_model, save_model
+    from cxr_lab.model import build_model
+    from cxr_lab.networks import save_model
     from cxr_lab.predict import Predictor
     torch.manual_seed(0)
     save_model(tmp_path/'model.safetensors', build_model('small'), dict(model='small', image_size=128, aspect='stretch', threshold=.5))
