@@ -209,14 +209,14 @@ def test_a_mutation_of_any_definition_that_a_training_uses_is_seen(package):
 def test_moving_a_definition_to_another_module_changes_nothing(package, tmp_path):
     root = tmp_path/'moved'
     shutil.copytree(package, root)
-    augment, model = root/'cxr_lab'/'augment.py', root/'cxr_lab'/'model.py'
+    augment, networks = root/'cxr_lab'/'augment.py', root/'cxr_lab'/'networks.py'
     before, text = listed(root), augment.read_text()
     node = functions(augment)['move']
     lines = text.splitlines(keepends=True)
     moved = ''.join(lines[node.lineno - 1:node.end_lineno])
     del lines[node.lineno - 1:node.end_lineno]
-    augment.write_text(''.join(lines).replace('from .model import', 'from .model import move,', 1))
-    model.write_text(model.read_text() + '\nfrom torch.nn import functional as F\n' + moved)
+    augment.write_text(''.join(lines).replace('from .networks import', 'from .networks import move,', 1))
+    networks.write_text(networks.read_text() + '\nfrom torch.nn import functional as F\n' + moved)
     assert changed(before, listed(root)) == []
 
 
