@@ -65,7 +65,7 @@ def one_thread():
 
 # %% ../nbs/lab/cores.ipynb #400155bb
 def keep_freed_memory():
-    "Keeps freed blocks of memory in this process, for the next step; nothing where the C library is not glibc."
+    "Keeps freed blocks of memory for the next step; does nothing where the C library is not glibc."
     if sys.platform != 'linux': return
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None: return  # musl
@@ -135,11 +135,12 @@ def _each(function, items, n):
         return
     here = os.getpid(), os.getcwd()
     with _workers(n) as pool:
-        waiting = {pool.submit(_in_worker, function, item, *here): i for i, item in enumerate(items)}
+        waiting = {pool.submit(_in_worker, function, item, *here): i
+                   for i, item in enumerate(items)}
         for future in as_completed(waiting): yield waiting[future], future.result()
 
 def _mapped(a):
-    "How a mapped array travels: a whole file of NumPy's is mapped there, too; anything else as its content."
+    "How a mapped array travels: a file of NumPy's is mapped there, too; all else as its content."
     if not isinstance(a.base, mmap.mmap) or a.filename is None: return np.array, (np.asarray(a),)
     return np.memmap, (a.filename, a.dtype, 'r', a.offset, a.shape, 'F' if np.isfortran(a) else 'C')
 
@@ -153,10 +154,9 @@ def _workers(n):
         warnings.filterwarnings('ignore', 'A worker stopped while some jobs were given')
         with ProcessPoolExecutor(n, job_reducers={np.memmap: _mapped}, env=env) as pool:
             try: yield pool
-            except BaseException:  # KeyboardInterrupt too: what runs is ended, what waits is not begun
+            except BaseException:  # Ctrl-C too: what runs is ended, what waits is not begun
                 pool.shutdown(wait=True, kill_workers=True)
                 raise
-
 
 # %% ../nbs/lab/cores.ipynb #b1a119b3
 def in_threads(

@@ -24,7 +24,7 @@ TWICE_OPEN = {
     'quiet_git': {'cli', 'workplace'}, 'sweep': {'cli', 'sweep'}}
 WIDE_OPEN = {  # notebooks with code lines that are too long
     '01_explore', '05_compare', '06_gradcam', '07_segment', '08_masked',
-    '09_tsne', 'index', 'lab/app', 'lab/cores', 'lab/films', 'lab/kept', 'lab/knobs', 'lab/lungs', 'lab/phantom',
+    '09_tsne', 'index', 'lab/app', 'lab/films', 'lab/lungs', 'lab/phantom',
     'lab/pipeline', 'lab/reference'}
 
 
