@@ -39,7 +39,7 @@ def read_start(
     path: str | os.PathLike,
     limit: int,             # bytes
 ) -> tuple[int, bytes]:     # its size, and as much of its beginning
-    "Reads an ordinary file, or what a link leads to; `ValueError` with the reason if there is none."
+    "Reads an ordinary file, or what a link leads to; `ValueError` with the reason if it cannot."
     try:
         try: status = os.stat(path)
         except ValueError: raise FileNotFoundError from None  # a name that no file can have
@@ -68,7 +68,8 @@ def to_gray(
         a = np.clip(np.asarray(image).astype(np.int64), 0, None)
         return Image.fromarray((a >> max(0, int(a.max()).bit_length() - 8)).astype(np.uint8))
     if image.mode == 'F':
-        raise ValueError('floating-point pixels: the scale is unknown; save the image with 8 or 16 bits')
+        raise ValueError('floating-point pixels: the scale is unknown; '
+                         'save the image with 8 or 16 bits')
     if image.mode == '1': return image.convert('L')
     if 'A' in image.getbands() or 'transparency' in image.info:
         image = image.convert('RGBA')
@@ -76,8 +77,8 @@ def to_gray(
     return image.convert('RGB').convert('L')
 
 # %% ../nbs/lab/films.ipynb #20dbf91f
-MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb; large radiographs have about 20 million
-FORMATS = ('JPEG', 'PNG', 'TIFF', 'GIF', 'BMP', 'PPM', 'WEBP')  # for EPS, Pillow would start a program
+MAX_PIXELS = 100_000_000  # more is taken for a decompression bomb; large films have 20 million
+FORMATS = ('JPEG', 'PNG', 'TIFF', 'GIF', 'BMP', 'PPM', 'WEBP')  # EPS would start a program
 ASPECTS = ('stretch', 'pad', 'crop')
 
 def _white_is_zero(image):
@@ -86,9 +87,9 @@ def _white_is_zero(image):
 
 def decode_image(
     image: Image.Image,     # just opened, nothing decoded yet
-    at_least: int | None = None,  # pixels: JPEGs may be decoded at reduced scale, no side below this
+    at_least: int | None = None,  # pixels: JPEGs may be reduced, no side below this
 ) -> Image.Image:           # mode 'L'
-    "All pixels of an image, white bright; `ValueError` with the reason if it is damaged or too large."
+    "All pixels of an image, white bright; `ValueError` with the reason if it cannot be decoded."
     if math.prod(image.size) > MAX_PIXELS:
         raise ValueError(f'claims {image.size[0]} x {image.size[1]} pixels')
     negative = _white_is_zero(image)
@@ -128,7 +129,8 @@ def square(
     elif aspect != 'stretch': raise ValueError(f'aspect={aspect!r}; known: {", ".join(ASPECTS)}')
     out = np.zeros((1, size, size), np.uint8)
     top, left = (size - scaled[1]) // 2, (size - scaled[0]) // 2
-    out[0, top:top + scaled[1], left:left + scaled[0]] = image.resize(scaled, Image.Resampling.BILINEAR, box=box)
+    small = image.resize(scaled, Image.Resampling.BILINEAR, box=box)
+    out[0, top:top + scaled[1], left:left + scaled[0]] = small
     return out
 
 def read_pixels(content: bytes, size: int, aspect: str = 'stretch') -> np.ndarray:
@@ -136,8 +138,10 @@ def read_pixels(content: bytes, size: int, aspect: str = 'stretch') -> np.ndarra
     return square(open_image(content, at_least=2 * size), size, aspect)
 
 # %% ../nbs/lab/films.ipynb #c190c00a
-SUFFIXES = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.png': 'PNG', '.tif': 'TIFF', '.tiff': 'TIFF', '.dcm': 'DICOM', '.dicom': 'DICOM'}
-_MAGIC = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n\x1a\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'II+\0': 'TIFF', b'MM\0+': 'TIFF'}
+SUFFIXES = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.png': 'PNG', '.tif': 'TIFF', '.tiff': 'TIFF',
+            '.dcm': 'DICOM', '.dicom': 'DICOM'}
+_MAGIC = {b'\xff\xd8\xff': 'JPEG', b'\x89PNG\r\n\x1a\n': 'PNG', b'II*\0': 'TIFF', b'MM\0*': 'TIFF',
+          b'II+\0': 'TIFF', b'MM\0+': 'TIFF'}
 
 def _form(content):
     "JPEG, PNG, TIFF, DICOM, or None: what the first 132 bytes are the beginning of."
@@ -166,7 +170,12 @@ class Film:
     height: int
     format: str         # JPEG | PNG | TIFF | DICOM
     notes: tuple[str, ...] = ()  # what was done to it, and what its file says against it
-    image: Image.Image | None = field(default=None, repr=False, compare=False)  # the same pixels, if Pillow has decoded them
+    # the same pixels, if Pillow has decoded them
+    image: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self):
+        notes = ''.join(f', {note}' for note in self.notes)
+        return f'Film({self.format}, {self.width} x {self.height} pixels{notes})'
 
     def square(self, size: int, aspect: str = 'stretch') -> np.ndarray:  # (1,size,size) uint8
         "Scaled to a square as the lessons' images are."
@@ -174,11 +183,13 @@ class Film:
 
 def _check_pixels(width, height, max_pixels):
     if not width or not height: raise Refused('claims to have no pixels')
-    if width * height > max_pixels: raise Refused(f'claims {width} x {height} pixels, more than {max_pixels:,}')
+    if width * height > max_pixels:
+        raise Refused(f'claims {width} x {height} pixels, more than {max_pixels:,}')
 
 def _check_passes(content, width, height):
     passes = content.count(b'\xff\xda')  # start of scan
-    if passes * width * height > 20 * MAX_PIXELS: raise Refused(f'a JPEG with {passes} passes over {width} x {height} pixels')
+    if passes * width * height > 20 * MAX_PIXELS:
+        raise Refused(f'a JPEG with {passes} passes over {width} x {height} pixels')
 
 # %% ../nbs/lab/films.ipynb #8cad2f23
 def _picture(content, form, at_least, max_pixels):
@@ -190,9 +201,10 @@ def _picture(content, form, at_least, max_pixels):
             _check_pixels(width, height, max_pixels)
             if form == 'JPEG': _check_passes(content, width, height)
             if image.format == 'MPO': notes.append('first of several pictures in the file')
-            if form == 'PNG' and getattr(image, 'is_animated', False): raise Refused(f'an animation of {image.n_frames} pictures; one is needed')
+            if form == 'PNG' and getattr(image, 'is_animated', False):
+                raise Refused(f'an animation of {image.n_frames} pictures; one is needed')
             if form == 'TIFF':
-                if mode.startswith('I') and image.tag_v2.get(262) == 0: notes.append('inverted: white is zero')
+                if _white_is_zero(image): notes.append('inverted: white is zero')
                 try: image.seek(1)
                 except EOFError: pass  # one page, as it should be
                 else: raise Refused('has several pages; one is needed')
@@ -200,8 +212,10 @@ def _picture(content, form, at_least, max_pixels):
             elif mode == '1': notes.append('black and white only, no shades of gray')
             elif mode != 'L': notes.append('color turned to gray')
             gray = decode_image(image, at_least)
-    except Image.UnidentifiedImageError: raise Refused(f'begins like a {form} file, but is none') from None
-    except Image.DecompressionBombError: raise Refused(f'claims more than {max_pixels:,} pixels') from None
+    except Image.UnidentifiedImageError:
+        raise Refused(f'begins like a {form} file, but is none') from None
+    except Image.DecompressionBombError:
+        raise Refused(f'claims more than {max_pixels:,} pixels') from None
     except ValueError as e: raise e if isinstance(e, Refused) else Refused(str(e)) from None
     return Film(np.asarray(gray), width, height, form, tuple(notes), gray)
 
@@ -219,13 +233,16 @@ def _lookup(table, x, little=True):
     n = n & 0xffff or 1 << 16
     if first > x.max(): first -= 1 << 16  # a negative number, written as if it were unsigned
     data = table.LUTData
-    if isinstance(data, bytes): data = np.frombuffer(data, np.uint8 if len(data) in (n, n + n % 2) else '<u2' if little else '>u2')
+    if isinstance(data, bytes):
+        words = '<u2' if little else '>u2'
+        data = np.frombuffer(data, np.uint8 if len(data) in (n, n + n % 2) else words)
     data = np.atleast_1d(np.asarray(data, float))[:n]
-    if len(data) != n or not 8 <= bits <= 16: raise Refused('a lookup table in its DICOM header is damaged')
+    if len(data) != n or not 8 <= bits <= 16:
+        raise Refused('a lookup table in its DICOM header is damaged')
     return (data / (2**bits - 1)).clip(0, 1)[np.clip(x - first, 0, n - 1).astype(int)], bits
 
 def _number(ds, key, default=None):
-    "The first value of a number in the header; `default` where there is none. NaN and infinity are refused."
+    "The first value of a number in the header, or `default`. NaN and infinity are refused."
     value = ds.get(key)
     if value is None or value == '': return default
     value = float(value if isinstance(value, (int, float)) else value[0])
@@ -234,13 +251,15 @@ def _number(ds, key, default=None):
 
 # %% ../nbs/lab/films.ipynb #9f863c06
 def _shown(ds, x, notes):
-    "Physical values as 0 (black) to 1 (white), or None if the header does not say how to show them."
+    "Physical values as 0 (black) to 1 (white), or None if the header does not say how."
     if table := ds.get('VOILUTSequence'):
         notes.append('lookup table of the header applied')
         return _lookup(table[0], x, ds.original_encoding[1])[0]
-    center, width, function = _number(ds, 'WindowCenter'), _number(ds, 'WindowWidth'), str(ds.get('VOILUTFunction') or 'LINEAR').upper()
+    center, width = _number(ds, 'WindowCenter'), _number(ds, 'WindowWidth')
+    function = str(ds.get('VOILUTFunction') or 'LINEAR').upper()
     if center is None and width is None: return None
-    if None in (center, width) or width < (1 if function == 'LINEAR' else 1e-9) or function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
+    least = {'LINEAR': 1, 'LINEAR_EXACT': 1e-9, 'SIGMOID': 1e-9}.get(function)
+    if None in (center, width, least) or width < least:
         notes.append('unusable window of the header ignored')
         return None
     notes.append('window of the header applied')
@@ -259,7 +278,8 @@ def _gray_table(
     present: np.ndarray,  # (n,) bool, those that occur in the picture
 ) -> tuple[np.ndarray, list]:  # (n,) uint8, how bright each is; and notes
     "What stored values look like by the recipe of their header."
-    dark, bits, slope, outside = ds.PhotometricInterpretation == 'MONOCHROME1', ds.BitsStored, 1., _padding(ds, x)
+    dark, bits, slope = ds.PhotometricInterpretation == 'MONOCHROME1', ds.BitsStored, 1.
+    outside = _padding(ds, x)
     notes = ['inverted from MONOCHROME1'] * dark
     if table := ds.get('ModalityLUTSequence'):
         share, bits = _lookup(table[0], x, ds.original_encoding[1])
@@ -278,19 +298,25 @@ def _gray_table(
     return np.where(outside, 0, 255 - gray if dark else gray).astype(np.uint8), notes
 
 # %% ../nbs/lab/films.ipynb #e75b1cca
-_MODALITIES = dict(CT='computed tomography', MR='magnetic resonance', US='ultrasound', NM='nuclear medicine', PT='positron emission tomography',
-                   MG='mammography', XA='angiography', SM='microscopy')
-_VIEWS = dict(LL='lateral', RL='lateral', LAT='lateral', LATERAL='lateral', LLO='oblique', RLO='oblique', LLD='decubitus', RLD='decubitus')
+_MODALITIES = dict(
+    CT='computed tomography', MR='magnetic resonance', US='ultrasound', NM='nuclear medicine',
+    PT='positron emission tomography', MG='mammography', XA='angiography', SM='microscopy')
+_VIEWS = dict(LL='lateral', RL='lateral', LAT='lateral', LATERAL='lateral', LLO='oblique',
+              RLO='oblique', LLD='decubitus', RLD='decubitus')
 
 def _remarks(ds):
     "What the header says against reading this as a frontal chest film."
-    modality, view = _MODALITIES.get(str(ds.get('Modality'))), _VIEWS.get(str(ds.get('ViewPosition')).upper())
-    return [f'its header says {modality}'] * bool(modality) + [f'its header says {view} view'] * bool(view)
+    modality = _MODALITIES.get(str(ds.get('Modality')))
+    view = _VIEWS.get(str(ds.get('ViewPosition')).upper())
+    said = [modality, view and f'{view} view']
+    return [f'its header says {what}' for what in said if what]
 
 # %% ../nbs/lab/films.ipynb #825a4e00
-_ELEMENTS = ('Modality ViewPosition SamplesPerPixel PhotometricInterpretation PlanarConfiguration NumberOfFrames Rows Columns BitsAllocated BitsStored '
-             'HighBit PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction VOILUTSequence '
-             'RescaleIntercept RescaleSlope ModalityLUTSequence PixelData').split()
+_ELEMENTS = (
+    'Modality ViewPosition SamplesPerPixel PhotometricInterpretation PlanarConfiguration '
+    'NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation '
+    'PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction '
+    'VOILUTSequence RescaleIntercept RescaleSlope ModalityLUTSequence PixelData').split()
 
 def _dataset(content, max_bytes):
     "The elements of a DICOM file that describe its picture, and its transfer syntax."
@@ -299,8 +325,12 @@ def _dataset(content, max_bytes):
     from pydicom.uid import DeflatedExplicitVRLittleEndian
     file = io.BytesIO(content)
     file.seek(132)
-    syntax = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2).get('TransferSyntaxUID')
-    if not syntax: raise Refused('a DICOM file that does not say how its pixels are stored (no transfer syntax)')
+    meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True,
+                        stop_when=lambda tag, *_: tag >> 16 != 2)
+    syntax = meta.get('TransferSyntaxUID')
+    if not syntax:
+        raise Refused('a DICOM file that does not say how its pixels are stored '
+                      '(no transfer syntax)')
     if syntax == DeflatedExplicitVRLittleEndian:
         inflate = zlib.decompressobj(-zlib.MAX_WBITS)
         file = io.BytesIO(inflate.decompress(file.read(), max_bytes))
@@ -313,17 +343,24 @@ def _dataset(content, max_bytes):
 def _check_layout(ds, max_pixels):
     "Refuses what is no single picture with 8 to 16 bits of gray, or 8 of color."
     if 'PixelData' not in ds or 'Rows' not in ds: raise Refused('a DICOM file without a picture')
-    for key, default, known in [('SamplesPerPixel', 1, (1, 3)), ('PixelRepresentation', 0, (0, 1)), ('BitsAllocated', None, (8, 16))]:
+    numbers = [('SamplesPerPixel', 1, (1, 3)), ('PixelRepresentation', 0, (0, 1)),
+               ('BitsAllocated', None, (8, 16))]
+    for key, default, known in numbers:
         if ds.get(key) is None: setattr(ds, key, default)
-        if ds.get(key) not in known: raise Refused(f'{key} in its DICOM header is neither {known[0]} nor {known[1]}')
+        if ds.get(key) not in known:
+            raise Refused(f'{key} in its DICOM header is neither {known[0]} nor {known[1]}')
     if ds.get('BitsStored') is None: ds.BitsStored = ds.BitsAllocated
-    if not 8 <= ds.BitsStored <= ds.BitsAllocated: raise Refused('BitsStored in its DICOM header is not 8 to BitsAllocated')
+    if not 8 <= ds.BitsStored <= ds.BitsAllocated:
+        raise Refused('BitsStored in its DICOM header is not 8 to BitsAllocated')
     frames = int(ds.get('NumberOfFrames') or 1)
     if frames != 1: raise Refused(f'has {frames} frames; one is needed')
-    if ds.get('HighBit', ds.BitsStored - 1) != ds.BitsStored - 1: raise Refused('its bits are not stored from the lowest on')
+    if ds.get('HighBit', ds.BitsStored - 1) != ds.BitsStored - 1:
+        raise Refused('its bits are not stored from the lowest on')
     color = ds.SamplesPerPixel == 3
-    known = ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT') if color else ('MONOCHROME1', 'MONOCHROME2')
-    if ds.get('PhotometricInterpretation') not in known: raise Refused(f'its PhotometricInterpretation is none of {", ".join(known)}')
+    known = ('MONOCHROME1', 'MONOCHROME2')
+    if color: known = ('RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT')
+    if ds.get('PhotometricInterpretation') not in known:
+        raise Refused(f'its PhotometricInterpretation is none of {", ".join(known)}')
     if color and ds.BitsAllocated != 8: raise Refused('color with more than 8 bits')
     _check_pixels(ds.Columns, ds.Rows, max_pixels)
 
@@ -336,7 +373,8 @@ def _stream_size(stream):
     at = 2
     while stream[at] == 0xff:
         marker = stream[at + 1]
-        if marker == 0xf7 or 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc): return struct.unpack('>2H', stream[at + 5:at + 9])[::-1]
+        if marker == 0xf7 or 0xc0 <= marker <= 0xcf and marker not in (0xc4, 0xc8, 0xcc):
+            return struct.unpack('>2H', stream[at + 5:at + 9])[::-1]
         at += 2 + struct.unpack('>H', stream[at + 2:at + 4])[0]
     raise Refused('its compressed pixels are damaged')
 
@@ -345,12 +383,21 @@ def _check_runs(stream, planes, most):
     starts = struct.unpack('<16L', stream[:64])
     for start, end in zip(starts[1:planes + 1], (*starts[2:planes + 1], len(stream))):
         segment, at, n = stream[start:end], 0, 0
-        if len(segment) > 2 * most: raise Refused('its run lengths are longer than what they unpack to')
+        if len(segment) > 2 * most:
+            raise Refused('its run lengths are longer than what they unpack to')
         while at < len(segment) and n <= most:
             run = segment[at]
             n += run + 1 if run < 128 else 257 - run if run > 128 else 0
             at += run + 2 if run < 128 else 2 if run > 128 else 1
         if n > most: raise Refused('its run lengths unpack to more pixels than its header declares')
+
+def _no_decoder(syntax, twelve):
+    "What to install."
+    package = 'python-gdcm'
+    if syntax.name.startswith('High-Throughput'): package = 'pylibjpeg pylibjpeg-openjpeg'
+    if twelve: package = 'pylibjpeg pylibjpeg-libjpeg'
+    return Refused(f'compressed as {syntax.name.split(",")[0]}, and no decoder for that is '
+                   f'installed (`pip install {package}`)')
 
 def _decode(ds, syntax):
     "(H,W) stored values or (H,W,3) uint8 RGB."
@@ -359,19 +406,23 @@ def _decode(ds, syntax):
     from pydicom.pixels.utils import get_expected_length
     from pydicom.uid import JPEGExtended12Bit, RLELossless
     try: decoder = get_decoder(syntax)
-    except NotImplementedError: raise Refused('its transfer syntax is not one of still pictures') from None
+    except NotImplementedError:
+        raise Refused('its transfer syntax is not one of still pictures') from None
     if not syntax.is_encapsulated:
-        if len(ds.PixelData) < get_expected_length(ds): raise Refused(f'declares {ds.Columns} x {ds.Rows} pixels, but holds fewer')
+        if len(ds.PixelData) < get_expected_length(ds):
+            raise Refused(f'declares {ds.Columns} x {ds.Rows} pixels, but holds fewer')
     else:
         twelve = syntax == JPEGExtended12Bit and ds.BitsStored > 8
-        package = 'libjpeg' if twelve else 'openjpeg' if syntax.name.startswith('High-Throughput') else ''
-        if not set(decoder.available_plugins) - ({'pillow', 'gdcm'} if twelve else set()):  # those two decode 8 bits of it
-            raise Refused(f'compressed as {syntax.name.split(",")[0]}, and no decoder for that is installed '
-                          f'(`pip install {f"pylibjpeg pylibjpeg-{package}" if package else "python-gdcm"}`)')
+        only_8_bits = {'pillow', 'gdcm'} if twelve else set()
+        if not set(decoder.available_plugins) - only_8_bits: raise _no_decoder(syntax, twelve)
         stream = get_frame(ds.PixelData, 0, number_of_frames=1)
-        if syntax == RLELossless: _check_runs(stream, ds.SamplesPerPixel * ds.BitsAllocated // 8, ds.Rows * ds.Columns + 2 * ds.Rows)
+        if syntax == RLELossless:
+            planes, most = ds.SamplesPerPixel * ds.BitsAllocated // 8, (ds.Columns + 2) * ds.Rows
+            _check_runs(stream, planes, most)
         else:
-            if _stream_size(stream) != (ds.Columns, ds.Rows): raise Refused(f'declares {ds.Columns} x {ds.Rows} pixels, but holds a picture of another size')
+            if _stream_size(stream) != (ds.Columns, ds.Rows):
+                raise Refused(f'declares {ds.Columns} x {ds.Rows} pixels, '
+                              'but holds a picture of another size')
             _check_passes(stream, ds.Columns, ds.Rows)
     return decoder.as_array(ds, index=0)[0]
 
@@ -385,13 +436,14 @@ class _Hush(logging.Filter):
         return False
 
 _HUSH, _NOISY = _Hush(), re.compile(r'(pydicom|PIL)\b')
-_LOGGERS = [logging.getLogger(name) for name in ('pydicom', 'pydicom.pixels.utils', 'pydicom.pixels.decoders.base', 'PIL.TiffImagePlugin')]
+_LOGGERS = [logging.getLogger(name) for name in (
+    'pydicom', 'pydicom.pixels.utils', 'pydicom.pixels.decoders.base', 'PIL.TiffImagePlugin')]
 
 @contextmanager
 def _hushed():
     "What pydicom and Pillow have to say is counted, in this thread; yields the counter."
-    # `warnings.catch_warnings` swaps the filters of all threads, and two that overlap can leave one in place for good;
-    # one more filter, for these two libraries only, is safe.
+    # `warnings.catch_warnings` swaps the filters of all threads, and two that overlap can leave one
+    # in place for good; one more filter, for these two libraries only, is safe.
     quiet = ('ignore', None, Warning, _NOISY, 0)
     if quiet not in warnings.filters: warnings.filterwarnings('ignore', module=_NOISY.pattern)
     for logger in _LOGGERS: logger.addFilter(_HUSH)
@@ -404,13 +456,16 @@ def _dicom(content, max_pixels, max_bytes):
     ds, syntax = _dataset(content, max_bytes)
     _check_layout(ds, max_pixels)
     stored, notes = _decode(ds, syntax), _remarks(ds)
-    if stored.ndim == 3: return Film(np.asarray(to_gray(Image.fromarray(stored))), ds.Columns, ds.Rows, 'DICOM', ('color turned to gray', *notes))
+    if stored.ndim == 3:
+        gray = np.asarray(to_gray(Image.fromarray(stored)))
+        return Film(gray, ds.Columns, ds.Rows, 'DICOM', ('color turned to gray', *notes))
     stored = np.ascontiguousarray(stored, stored.dtype.newbyteorder('='))
     codes = stored.view(f'u{stored.itemsize}')
     present, gray = np.zeros(256 ** stored.itemsize, bool), np.empty(codes.shape, np.uint8)
     for row in codes: present[row] = True
     every = np.arange(len(present)).astype(codes.dtype).view(stored.dtype).astype(np.int64)
-    with np.errstate(all='ignore'): table, recipe = _gray_table(ds, every, present)  # infinity is as good as any large number
+    with np.errstate(all='ignore'):  # infinity is as good as any large number
+        table, recipe = _gray_table(ds, every, present)
     for row, out in zip(codes, gray): out[:] = table[row]
     return Film(gray, ds.Columns, ds.Rows, 'DICOM', (*recipe, *notes))
 
@@ -418,24 +473,28 @@ def _dicom(content, max_pixels, max_bytes):
 def read_film(
     source: str | os.PathLike | bytes,  # a file, or what one holds
     *,
-    name: str = '',                # of the file, where `source` is bytes; only its suffix is looked at
-    at_least: int | None = None,   # pixels: large JPEGs may be decoded at a reduced scale, no side below this
+    name: str = '',                # of the file, where `source` is bytes; its suffix is looked at
+    at_least: int | None = None,   # pixels: large JPEGs may be reduced, no side below this
     max_pixels: int = MAX_PIXELS,  # that a header may claim
     max_bytes: int = MAX_BYTES,    # of the file
 ) -> Film:
-    "Reads an X-ray in any of the known forms; everything that is not readable, not one picture, too large or not an ordinary file is `Refused`."
+    "Reads an X-ray in any of the known forms; what is no readable single picture is `Refused`."
     content = _content(source, max_bytes)
     form = _form(content)
     if form is None: raise Refused('neither JPEG, PNG, TIFF nor DICOM')
-    if form == 'DICOM': import pydicom.pixels  # here, so that a broken installation is not taken for a damaged file
+    if form == 'DICOM': import pydicom.pixels  # a broken installation is no damaged file
     try:
-        with _hushed() as said: film = _dicom(content, max_pixels, max_bytes) if form == 'DICOM' else _picture(content, form, at_least, max_pixels)
+        with _hushed() as said:
+            if form == 'DICOM': film = _dicom(content, max_pixels, max_bytes)
+            else: film = _picture(content, form, at_least, max_pixels)
     except (Refused, MemoryError): raise
     except Exception as e: raise Refused(f'damaged {form} file ({type(e).__name__})') from None
-    suffix = os.path.splitext(name if isinstance(source, (bytes, bytearray, memoryview)) else os.fspath(source))[1]
-    named = SUFFIXES.get(suffix.lower(), form)
-    if named == form and not said.n: return film
-    return replace(film, notes=(*film.notes, *['irregular header'] * bool(said.n), *[f'{form}, though its name says {named}'] * (named != form)))
+    if not isinstance(source, (bytes, bytearray, memoryview)): name = os.fspath(source)
+    named = SUFFIXES.get(os.path.splitext(name)[1].lower(), form)
+    more = []
+    if said.n: more.append('irregular header')
+    if named != form: more.append(f'{form}, though its name says {named}')
+    return replace(film, notes=(*film.notes, *more)) if more else film
 
 def film_square(
     source: str | os.PathLike | bytes,
@@ -443,7 +502,7 @@ def film_square(
     aspect: str = 'stretch',  # stretch | pad | crop
     **options,                # of read_film
 ) -> np.ndarray:              # (1,size,size) uint8
-    "A film as the networks take it: for JPEG and PNG bit for bit what lesson 00's pixel cache holds."
+    "A film as the networks take it: JPEG and PNG bit for bit as in lesson 00's pixel cache."
     return read_film(source, at_least=2 * size, **options).square(size, aspect)
 
 # %% ../nbs/lab/films.ipynb #dd533716
@@ -458,7 +517,8 @@ def _leads_out(path, top):
     "Why a link is not followed, or ''."
     try: target = os.path.realpath(path, strict=True)
     except OSError: return 'a symbolic link that leads nowhere'
-    return '' if Path(target).is_relative_to(top) else 'a symbolic link that leads out of the folder'
+    if Path(target).is_relative_to(top): return ''
+    return 'a symbolic link that leads out of the folder'
 
 def _walk(folder):
     "Films of a folder and the folders in it."
@@ -468,11 +528,11 @@ def _walk(folder):
         if os.path.islink(path) and path != Path(folder):
             reason = _leads_out(path, top)
             if reason: yield Refused(reason, path)
-            elif not os.path.isdir(path) and _may_be_film(path): yield path  # folders are met at their own place
+            elif not os.path.isdir(path) and _may_be_film(path): yield path  # no folders
         elif os.path.isdir(path):
-            try: names = sorted((n for n in os.listdir(path) if not n.startswith('.')), key=os.fsencode, reverse=True)
+            try: names = sorted(os.listdir(path), key=os.fsencode, reverse=True)
             except OSError as e: yield Refused(f'a folder that cannot be read ({e.strerror})', path)
-            else: waiting += [path/n for n in names]
+            else: waiting += [path/n for n in names if not n.startswith('.')]
         elif _may_be_film(path): yield path
 
 def _match(pattern):
@@ -481,17 +541,20 @@ def _match(pattern):
     first = next(i for i, p in enumerate(parts) if set('*?[') & set(p))
     root, rest = Path(*parts[:first]), str(Path(*parts[first:]))
     shown = lambda path: not any(name.startswith('.') for name in path.relative_to(root).parts)
-    try: found = sorted(filter(shown, root.glob(rest + '/*' if rest.endswith('**') else rest)), key=os.fsencode)
-    except (ValueError, OSError): found = []  # '**' beside other characters; a folder that cannot be listed
+    all_of = rest + '/*' if rest.endswith('**') else rest
+    try: found = sorted(filter(shown, root.glob(all_of)), key=os.fsencode)
+    except (ValueError, OSError): found = []  # '**' beside other characters; a closed folder
     for path in found:
-        if reason := os.path.islink(path) and _leads_out(path, os.path.realpath(root)): yield Refused(reason, path)
-        elif os.path.isdir(path): yield from () if '**' in rest or os.path.islink(path) else _walk(path)
+        linked = os.path.islink(path)
+        reason = linked and _leads_out(path, os.path.realpath(root))
+        if reason: yield Refused(reason, path)
+        elif os.path.isdir(path): yield from () if '**' in rest or linked else _walk(path)
         elif _may_be_film(path): yield path
 
 def find_films(
     paths,  # files, folders, and patterns such as 'ward/*.dcm' or 'ward/**/*.png'
-) -> Iterator[Path | Refused]:  # in a fixed order, as they are found; what must not be read comes as a Refused with its `path`
-    "Files that may be X-rays. A file that is named itself is passed on whatever it is: reading it will tell."
+) -> Iterator[Path | Refused]:  # in a fixed order, as found; what must not be read as a Refused
+    "Files that may be X-rays. One that is named itself is passed on: reading it will tell."
     for given in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         path = Path(given)
         if os.path.isdir(path): yield from _walk(path)
