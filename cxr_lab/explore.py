@@ -27,11 +27,13 @@ def draw_patients(
     label: int,   # 0 NORMAL, 1 PNEUMONIA
     n: int, seed: int = 0,
 ) -> np.ndarray:  # (n,) row numbers
-    "Random images of one class and split, at most one per patient; `ValueError` if there are not so many."
+    "Random images of a class and split, at most one per patient; `ValueError` if there are fewer."
     rows = data.rows(split)
     rows = np.random.default_rng(seed).permutation(rows[data.labels[rows] == label])
     rows = rows[~data.index.patient.iloc[rows].duplicated().to_numpy()]
-    if len(rows) < n: raise ValueError(f'{split} has {len(rows)} patients of class {CLASSES[label]}, {n} were asked for')
+    if len(rows) < n:
+        raise ValueError(f'{split} has {len(rows)} patients of class {CLASSES[label]}, '
+                         f'{n} were asked for')
     return rows[:n]
 
 # %% ../nbs/01_explore.ipynb #ac5892e0
@@ -45,7 +47,8 @@ def plot_class_counts(
     counts = pd.crosstab(index[by], index.label).reindex(order)
     fig, axs = plt.subplots(1, len(order), figsize=(2.6 * len(order), 2.8), layout='constrained')
     for ax, (name, row) in zip(np.atleast_1d(axs), counts.iterrows()):
-        ax.bar_label(ax.bar(CLASSES, row, color=[COLORS[c] for c in CLASSES]), fmt='{:,.0f}', fontsize=9)
+        bars = ax.bar(CLASSES, row, color=[COLORS[c] for c in CLASSES])
+        ax.bar_label(bars, fmt='{:,.0f}', fontsize=9)
         ax.set_title(f'{name}: {row[1] / row.sum():.1%} pneumonia', fontsize=10)
         ax.margins(y=.15)
     np.atleast_1d(axs)[0].set_ylabel('images')
@@ -58,7 +61,7 @@ def auroc_of(
     values: np.ndarray,  # (N,) any number per image
     labels: np.ndarray,  # (N,) 0 or 1
 ) -> float:              # 0 to 1; 0.5 if the values do not tell, or if there is only one class
-    "How well a single number tells the classes apart: the chance that an ill child's is larger than a healthy one's."
+    "How well a number tells the classes apart: the chance that an ill child's is the larger one."
     return float(roc_auc_score(labels, values)) if 0 < np.sum(labels) < len(labels) else .5
 
 # %% ../nbs/01_explore.ipynb #0369eb91
@@ -68,26 +71,33 @@ def gray_histograms(
 ) -> np.ndarray:          # (N,bins) float, each row sums to 1
     "Share of each image's pixels per gray level."
     width = 256 // bins
-    return np.stack([np.bincount(np.asarray(p).ravel() // width, minlength=bins) for p in pixels]) / pixels[0].size
+    counts = [np.bincount(np.asarray(p).ravel() // width, minlength=bins) for p in pixels]
+    return np.stack(counts) / pixels[0].size
 
 # %% ../nbs/01_explore.ipynb #3e859534
 def image_features(
     pixels: np.ndarray,  # (N,1,H,W) uint8
 ) -> pd.DataFrame:       # N rows, gray values 0 to 1
-    "Simple numbers of each image: brightness, contrast, dark and bright ends, sharpness, and how far the middle stands out from the sides."
+    "Simple numbers of each image: how bright, how much contrast, and the middle against the sides."
     rows = []
     for p in pixels:
         a = np.asarray(p[0], np.float32) / 255
         h, w = a.shape
         band = a[h // 4:3 * h // 4]  # the rows of the lungs
-        middle, sides = band[:, 2 * w // 5:3 * w // 5].mean(), np.concatenate([band[:, w // 6:w // 3], band[:, 2 * w // 3:5 * w // 6]], 1)
+        middle = band[:, 2 * w // 5:3 * w // 5].mean()
+        sides = np.concatenate([band[:, w // 6:w // 3], band[:, 2 * w // 3:5 * w // 6]], 1)
         low, high = np.percentile(a, [5, 95])
-        rows.append((a.mean(), a.std(), low, high, cv2.Laplacian(a, cv2.CV_32F).std(), sides.mean(), middle - sides.mean(), sides.std()))
-    return pd.DataFrame(rows, columns=['brightness', 'contrast', '5th percentile', '95th percentile', 'sharpness', 'lung zones', 'middle minus lung zones', 'contrast in lung zones'])
+        sharpness = cv2.Laplacian(a, cv2.CV_32F).std()
+        rows.append((a.mean(), a.std(), low, high, sharpness,
+                     sides.mean(), middle - sides.mean(), sides.std()))
+    return pd.DataFrame(rows, columns=[
+        'brightness', 'contrast', '5th percentile', '95th percentile', 'sharpness',
+        'lung zones', 'middle minus lung zones', 'contrast in lung zones'])
 
 def cohens_d(a: np.ndarray, b: np.ndarray) -> float:
     "(mean of b - mean of a) / pooled standard deviation; 0 if nothing varies."
-    pooled = np.sqrt((np.var(a, ddof=1) * (len(a) - 1) + np.var(b, ddof=1) * (len(b) - 1)) / (len(a) + len(b) - 2))
+    squares = np.var(a, ddof=1) * (len(a) - 1) + np.var(b, ddof=1) * (len(b) - 1)
+    pooled = np.sqrt(squares / (len(a) + len(b) - 2))
     return float((np.mean(b) - np.mean(a)) / pooled) if pooled > 0 else 0.
 
 # %% ../nbs/01_explore.ipynb #657abfee
@@ -96,7 +106,9 @@ def separability(
     target: np.ndarray,      # (N,) 0 or 1
     groups: np.ndarray,      # (N,) patients, kept together
 ) -> float:                  # AUROC
-    "How well a cross-validated logistic regression on a few numbers tells two sets of images apart."
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight='balanced'))
-    p = cross_val_predict(model, features, target, groups=groups, cv=GroupKFold(5), method='predict_proba')[:, 1]
-    return auroc_of(p, target)
+    "How well a cross-validated logistic regression on a few numbers tells two sets apart."
+    regression = LogisticRegression(max_iter=1000, class_weight='balanced')
+    model = make_pipeline(StandardScaler(), regression)
+    p = cross_val_predict(model, features, target, groups=groups, cv=GroupKFold(5),
+                          method='predict_proba')
+    return auroc_of(p[:, 1], target)
