@@ -30,16 +30,16 @@ class Refused(ValueError):
 MAX_BYTES = 128 << 20  # of a file; a 20-megapixel radiograph with 16 bits has 40 MB uncompressed
 
 def _ordinary(status):
-    if stat.S_ISDIR(status.st_mode): raise ValueError('a folder, not a file')
+    if stat.S_ISDIR(status.st_mode): raise Refused('a folder, not a file')
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError('not an ordinary file (a pipe, a socket or a device)')
+        raise Refused('not an ordinary file (a pipe, a socket or a device)')
     return status.st_size
 
 def read_start(
     path: str | os.PathLike,
     limit: int,             # bytes
 ) -> tuple[int, bytes]:     # its size, and as much of its beginning
-    "Reads an ordinary file, or what a link leads to; `ValueError` with the reason if it cannot."
+    "Reads an ordinary file, or what a link leads to; `Refused` with the reason if it cannot."
     try:
         try: status = os.stat(path)
         except ValueError: raise FileNotFoundError from None  # a name that no file can have
@@ -48,14 +48,14 @@ def read_start(
         with open(path, 'rb', opener=lambda p, flags: os.open(p, flags | no_waiting)) as f:
             size = _ordinary(os.fstat(f.fileno()))  # it may have been exchanged since
             return size, f.read(min(size, limit))
-    except FileNotFoundError: raise ValueError('there is no such file') from None
-    except OSError as e: raise ValueError(f'cannot be read ({e.strerror})') from None
+    except FileNotFoundError: raise Refused('there is no such file') from None
+    except OSError as e: raise Refused(f'cannot be read ({e.strerror})') from None
 
 def read_file(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> bytes:
-    "What an ordinary file holds; `ValueError` as `read_start`, or if it is empty or too large."
+    "What an ordinary file holds; `Refused` as by `read_start`, or if it is empty or too large."
     size, content = read_start(path, max_bytes)
-    if size > max_bytes: raise ValueError(f'the file has {size:,} bytes, more than {max_bytes:,}')
-    if not size: raise ValueError('the file is empty')
+    if size > max_bytes: raise Refused(f'the file has {size:,} bytes, more than {max_bytes:,}')
+    if not size: raise Refused('the file is empty')
     return content
 
 # %% ../nbs/lab/films.ipynb #aca89b26
@@ -68,7 +68,7 @@ def to_gray(
         a = np.clip(np.asarray(image).astype(np.int64), 0, None)
         return Image.fromarray((a >> max(0, int(a.max()).bit_length() - 8)).astype(np.uint8))
     if image.mode == 'F':
-        raise ValueError('floating-point pixels: the scale is unknown; '
+        raise Refused('floating-point pixels: the scale is unknown; '
                          'save the image with 8 or 16 bits')
     if image.mode == '1': return image.convert('L')
     if 'A' in image.getbands() or 'transparency' in image.info:
@@ -89,9 +89,9 @@ def decode_image(
     image: Image.Image,     # just opened, nothing decoded yet
     at_least: int | None = None,  # pixels: JPEGs may be reduced, no side below this
 ) -> Image.Image:           # mode 'L'
-    "All pixels of an image, white bright; `ValueError` with the reason if it cannot be decoded."
+    "All pixels of an image, white bright; `Refused` with the reason if it cannot be decoded."
     if math.prod(image.size) > MAX_PIXELS:
-        raise ValueError(f'claims {image.size[0]} x {image.size[1]} pixels')
+        raise Refused(f'claims {image.size[0]} x {image.size[1]} pixels')
     negative = _white_is_zero(image)
     try:
         if image.format == 'JPEG':  # the luma that it stores
@@ -99,19 +99,19 @@ def decode_image(
             image.draft('L', (at_least, at_least) if reduced else None)
         image.load()
         gray = to_gray(image)
-    except (OSError, SyntaxError, EOFError) as e: raise ValueError(f'damaged image ({e})') from e
+    except (OSError, SyntaxError, EOFError) as e: raise Refused(f'damaged image ({e})') from e
     return ImageOps.invert(gray) if negative else gray
 
 def open_image(
     content: bytes,         # of a file in one of FORMATS
     at_least: int | None = None,  # as decode_image takes it
 ) -> Image.Image:           # mode 'L'
-    "Decodes an image completely; `ValueError` with the reason if it cannot be read."
-    if not content: raise ValueError('the file is empty')
+    "Decodes an image completely; `Refused` with the reason if it cannot be read."
+    if not content: raise Refused('the file is empty')
     try: image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.UnidentifiedImageError: raise ValueError('not an image') from None
+    except Image.UnidentifiedImageError: raise Refused('not an image') from None
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
-        raise ValueError(f'damaged image ({e})') from e
+        raise Refused(f'damaged image ({e})') from e
     return decode_image(image, at_least)
 
 def square(
@@ -134,7 +134,7 @@ def square(
     return out
 
 def read_pixels(content: bytes, size: int, aspect: str = 'stretch') -> np.ndarray:
-    "File content to (1,size,size) uint8; `ValueError` if it is not a readable image."
+    "File content to (1,size,size) uint8; `Refused` if it is not a readable image."
     return square(open_image(content, at_least=2 * size), size, aspect)
 
 # %% ../nbs/lab/films.ipynb #c190c00a
@@ -148,15 +148,10 @@ def _form(content):
     if content[128:132] == b'DICM': return 'DICOM'
     return next((form for magic, form in _MAGIC.items() if content.startswith(magic)), None)
 
-def _read(path, limit):
-    "Size of an ordinary file and its first `limit` bytes."
-    try: return read_start(path, limit)
-    except ValueError as e: raise Refused(str(e)) from None
-
 def _content(source, max_bytes):
     "What a file holds, or the bytes that were given instead of one."
     if isinstance(source, (bytes, bytearray, memoryview)): size, content = len(source), source
-    else: size, content = _read(source, max_bytes)
+    else: size, content = read_start(source, max_bytes)
     if size > max_bytes: raise Refused(f'the file has {size:,} bytes, more than {max_bytes:,}')
     if not size: raise Refused('the file is empty')
     return bytes(content)
@@ -510,7 +505,7 @@ def _may_be_film(path):
     "By its suffix, or else by its first bytes; DICOM files often have no suffix at all."
     if path.suffix.lower() in SUFFIXES: return True
     if path.name == 'DICOMDIR': return False  # a table of contents
-    try: return _form(_read(path, 132)[1]) is not None
+    try: return _form(read_start(path, 132)[1]) is not None
     except Refused: return False
 
 def _leads_out(path, top):
