@@ -7,9 +7,9 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
-from cxr_lab.compare import error_overlap, load_pair, mcnemar, paired_differences
+from cxr_lab.compare import error_overlap, mcnemar, network_pairs, paired_differences, show_network_pairs
 from cxr_lab.runs import MissingUpstream, Step
-from cxr_lab.scores import METRICS, patient_weights
+from cxr_lab.scores import METRICS, load_recipes, patient_weights
 
 SEEDS = [0, 1]
 
@@ -28,11 +28,11 @@ def naive(label, p, threshold):
     return dict(recall=recall, precision=sk.precision_score(label, hit), accuracy=sk.accuracy_score(label, hit), f1=sk.f1_score(label, hit), specificity=specificity,
                 balanced_accuracy=(recall + specificity) / 2, auroc=sk.roc_auc_score(label, p))
 
-@pytest.mark.parametrize('thresholds', [None, {('a', 0): .3, ('b', 1): .7}])
+@pytest.mark.parametrize('thresholds', [None, {'a_0': .3, 'b_1': .7}])
 def test_paired_differences_against_a_loop(thresholds):
     pair, n_boot, at = made_up(), 40, thresholds or {}
-    found = paired_differences(pair, SEEDS, n_boot, 7, thresholds)
-    def mean(rows, r): return pd.DataFrame([naive(pair.label.to_numpy()[rows], pair[f'{r}_{s}'].to_numpy()[rows], at.get((r, s), .5)) for s in SEEDS]).mean()
+    found = paired_differences(pair, 'a', 'b', SEEDS, n_boot, 7, thresholds)
+    def mean(rows, r): return pd.DataFrame([naive(pair.label.to_numpy()[rows], pair[f'{r}_{s}'].to_numpy()[rows], at.get(f'{r}_{s}', .5)) for s in SEEDS]).mean()
     every = np.arange(len(pair))
     a, b = mean(every, 'a'), mean(every, 'b')
     samples = [np.repeat(every, w) for w in patient_weights(pair.patient, n_boot, 7)]
@@ -53,19 +53,19 @@ def test_samples_are_of_whole_patients():
 def test_a_recipe_does_not_differ_from_itself_and_swapping_changes_the_sign():
     pair = made_up()
     same = pair.assign(**{f'b_{s}': pair[f'a_{s}'] for s in SEEDS})
-    d = paired_differences(same, SEEDS, 50, 0)
+    d = paired_differences(same, 'a', 'b', SEEDS, 50, 0)
     assert (d[['difference', 'low', 'high']] == 0).all(axis=None) and (d.p == 1).all()
     swapped = pair.rename(columns={f'{r}_{s}': f'{"ba"["ab".index(r)]}_{s}' for r in 'ab' for s in SEEDS})
-    one, two = paired_differences(pair, SEEDS, 100, 0), paired_differences(swapped, SEEDS, 100, 0)
+    one, two = paired_differences(pair, 'a', 'b', SEEDS, 100, 0), paired_differences(swapped, 'a', 'b', SEEDS, 100, 0)
     assert np.allclose(one.difference, -two.difference) and np.allclose(one.low, -two.high) and np.allclose(one.p, two.p)
 
 def test_p_values_are_uniform_enough_without_a_difference():
     "Two recipes of equal quality: not more than a tenth of 100 tests at .05 may find something."
-    p = [paired_differences(made_up(100, seed, better=0, digits=6), SEEDS, 200, seed).p['accuracy'] for seed in range(100)]
+    p = [paired_differences(made_up(100, seed, better=0, digits=6), 'a', 'b', SEEDS, 200, seed).p['accuracy'] for seed in range(100)]
     assert np.mean(np.array(p) < .05) <= .1 and np.mean(p) == pytest.approx(.5, abs=.12)
 
 def test_a_large_difference_is_found():
-    d = paired_differences(made_up(300, better=2), SEEDS, 300, 0)
+    d = paired_differences(made_up(300, better=2), 'a', 'b', SEEDS, 300, 0)
     assert (d.low > 0).all() and (d.p <= .05).all() and (d.p >= 2 / 301 - 1e-12).all()
 
 
@@ -82,6 +82,21 @@ def test_mcnemar_against_scipy_and_the_closed_form(seed):
     assert p == pytest.approx(binomtest(k, n).pvalue) and p == pytest.approx(min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n))
     assert mcnemar(y, b, a) == (only_b, only_a, pytest.approx(p))
 
+def test_network_pairs_show_both_tests_where_they_disagree():
+    "Families of five who are right together: McNemar counts 15 witnesses, the bootstrap three."
+    family = np.arange(100) // 5
+    right = {'a': np.ones(100, bool), 'b': np.ones(100, bool)}
+    right['a'][family < 3], right['b'][np.isin(family, [10]) & (np.arange(100) % 5 < 2)] = False, False
+    y = family % 2
+    pair = pd.DataFrame(dict(patient=family, label=y) | {f'{r}_{s}': np.where(right[r], y, 1 - y) * .8 + .1 for r in 'ab' for s in SEEDS})
+    found = network_pairs(pair, 'a', 'b', SEEDS, 500, 0)
+    assert list(found.index) == SEEDS and (found.only_a == 2).all() and (found.only_b == 15).all()
+    assert np.allclose(found.mcnemar, binomtest(2, 17).pvalue) and np.allclose(found.difference, .13)
+    alone = paired_differences(pair, 'a', 'b', [0], 500, 0)
+    assert found.bootstrap[0] == alone.p['accuracy'] > .05 > found.mcnemar[0] and not found.agree.any()
+    assert show_network_pairs(found, 'without', 'with', 'x').to_html().count('the tests disagree') == 2
+    assert network_pairs(pair.assign(patient=range(100)), 'a', 'b', SEEDS, 500, 0).agree.all()
+
 def test_mcnemar_without_disagreement(): assert mcnemar(np.array([0, 1, 1]), np.array([0, 0, 1]), np.array([0, 0, 1])) == (0, 0, 1.)
 
 
@@ -89,7 +104,7 @@ def test_mcnemar_without_disagreement(): assert mcnemar(np.array([0, 1, 1]), np.
 
 def test_error_overlap_against_sets():
     pair = made_up(40)
-    found = error_overlap(pair, SEEDS)
+    found = error_overlap(pair, 'ab', SEEDS)
     wrong = {n: set(pair.path[(pair[n] >= .5).astype(int) != pair.label]) for n in ('a_0', 'a_1', 'b_0', 'b_1')}
     assert list(found) == list(wrong) == list(found.index)
     for m in wrong:
@@ -97,7 +112,7 @@ def test_error_overlap_against_sets():
 
 def test_error_overlap_without_errors():
     pair = pd.DataFrame(dict(label=[0, 1], a_0=[.1, .9], b_0=[.6, .9]))
-    found = error_overlap(pair, [0])
+    found = error_overlap(pair, 'ab', [0])
     assert np.isnan(found.loc['a_0', 'a_0']) and found.loc['a_0', 'b_0'] == 0 and found.loc['b_0', 'b_0'] == 1
 
 
@@ -115,9 +130,9 @@ def run(tmp_path):
 
 A, B = ('03_train', ''), ('04_augment', '')
 
-def test_load_pair(run):
+def test_load_recipes(run):
     folder, pair = run
-    found = load_pair(Step(folder, '05_compare', {}), A, B, SEEDS)
+    found = load_recipes(Step(folder, '05_compare', {}), {'a': A, 'b': B}, SEEDS)
     assert list(found) == ['path', 'patient', 'label', 'a_0', 'a_1', 'b_0', 'b_1'] and len(found) == 12
     for c in found: assert (found[c] == pair.sort_values('path')[c].to_numpy()).all()
 
@@ -132,7 +147,7 @@ def test_other_images_are_refused(run, how):
     if how == 'another label': p.loc[first, 'label'] = 1 - p.label[first]
     if how == 'another patient': p.loc[first, 'patient'] = 'somebody'
     step.write_predictions(p, 'seed_1')
-    with pytest.raises(ValueError, match='04_augment, seed 1: other test images or labels'): load_pair(Step(folder, '05_compare', {}), A, B, SEEDS)
+    with pytest.raises(ValueError, match='04_augment, seed 1: other test images or labels'): load_recipes(Step(folder, '05_compare', {}), {'a': A, 'b': B}, SEEDS)
 
 def test_a_missing_seed_names_the_notebook(run):
-    with pytest.raises(MissingUpstream, match='run notebook 04_augment first'): load_pair(Step(run[0], '05_compare', {}), A, ('04_augment', 'photometric'), [0])
+    with pytest.raises(MissingUpstream, match='run notebook 04_augment first'): load_recipes(Step(run[0], '05_compare', {}), {'a': A, 'b': ('04_augment', 'photometric')}, [0])
