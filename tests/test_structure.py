@@ -23,7 +23,7 @@ TWICE_OPEN = {
     'fit_workers': {'cores', 'sweep'}, 'predict': {'cli', 'networks'}, 'publish': {'cli', 'report'},
     'quiet_git': {'cli', 'workplace'}, 'sweep': {'cli', 'sweep'}}
 WIDE_OPEN = {  # notebooks with code lines that are too long
-    '05_compare', '06_gradcam', '07_segment', '08_masked', '09_tsne', 'index', 'lab/app', 'lab/lungs',
+    '06_gradcam', '07_segment', '08_masked', '09_tsne', 'index', 'lab/app', 'lab/lungs',
     'lab/phantom', 'lab/pipeline', 'lab/reference'}
 
 
