@@ -271,8 +271,8 @@ def recipe_difference(
         if error > 0: half, p = quantile * error, _p_value(abs(d) / error, terms)
         elif error == 0 == d: half, p = 0., 1.
         else: half = p = np.nan
-        rows[k] = dict(a=va.mean(), b=vb.mean(), difference=d, low=d - half, high=d + half,
-                       p=p) | sd
+        low, high = np.clip((d - half, d + half), -1, 1)  # no difference of shares is larger
+        rows[k] = dict(a=va.mean(), b=vb.mean(), difference=d, low=low, high=high, p=p) | sd
     return pd.DataFrame(rows).T
 
 # %% ../nbs/lab/scores.ipynb #f15intv3
@@ -322,7 +322,8 @@ def differences_as_text(
 ) -> pd.DataFrame:         # a row for each recipe, a column for each metric
     "'+0.012 (+0.003 to +0.021)', with a star where p is below 0.05 after Holm's correction."
     def cell(d):
-        if not np.isfinite(d.low): return f'{d.difference:+.3f} (one seed: no interval)'
+        if not np.isfinite(d.difference): return 'undefined'
+        if not np.isfinite(d.low): return f'{d.difference:+.3f} (no interval)'
         star = ' *' if d.p_holm < .05 else ''
         return f'{d.difference:+.3f} ({d.low:+.3f} to {d.high:+.3f}){star}'
     return family.apply(cell, axis=1).unstack('metric')[list(dict.fromkeys(

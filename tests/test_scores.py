@@ -303,6 +303,11 @@ def test_any_number_of_seeds(seeds):
         assert d[['low', 'high', 'p', 'sd_seed', 'sd_patient', 'sd_rest']].isna().all(axis=None)
         assert m[['low', 'high']].isna().all(axis=None)
 
+def test_no_difference_is_larger_than_one():
+    df = study(7, 2, patients=12, b=dict(quality=3.))
+    d = recipe_difference(df, 'a', 'b', range(2))
+    assert (d.low >= -1).all() and (d.high <= 1).all() and (d.high == 1).any()
+
 def test_seeds_that_share_nothing():
     "Other numbers of seeds; variances of both recipes add up, patients stay paired."
     df = study(8, 5, patients=150)
@@ -451,4 +456,7 @@ def test_a_family_is_as_large_as_its_table():
     assert list(text) == ['accuracy', 'f1', 'specificity', 'recall', 'auroc']
     assert text.auroc['the same'] == '+0.000 (+0.000 to +0.000)' and text.auroc['better'].endswith('*')
     one = differences_as_text(compare_with(df, 'a', {'b': 'better'}, [0]))
-    assert 'one seed' in one.auroc['better']
+    assert one.auroc['better'].endswith(' (no interval)')
+    nobody = df.assign(**dict.fromkeys(seed_columns('b', range(3)), .2), label=0)
+    text = differences_as_text(compare_with(nobody, 'a', {'b': 'x'}, range(3), ['auroc', 'accuracy']))
+    assert text.auroc['x'] == 'undefined' and text.accuracy['x'].startswith('+')
