@@ -215,14 +215,14 @@ def _between_and_shared(values, pulls):  # (S,), (S,G)
 def _quantile(terms, p):  # (n,2) variances and their degrees of freedom; two-sided
     "Cochran's: the mean of the t quantiles, weighted by the variances."
     from scipy.special import stdtrit
-    v, df = terms.T
+    v, df = terms[terms[:, 0] > 0].T
     return -(v * stdtrit(df, p / 2)).sum() / v.sum()
 
 def _p_value(ratio, terms):  # |difference| / standard error
     "The p at which the interval would touch zero."
     from scipy.optimize import brentq
     def beyond(exponent): return _quantile(terms, 10 ** exponent) - ratio
-    return 10 ** brentq(beyond, -300, 0) if beyond(-300) > 0 else 0.
+    return 10 ** brentq(beyond, -250, 0) if beyond(-250) > 0 else 0.
 
 def _doubt(groups, common=0.):  # [(values (S,), pulls (S,G))]; what the groups share
     "Standard error and 95 % quantile, the terms behind them, and three standard deviations."

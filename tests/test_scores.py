@@ -275,6 +275,14 @@ def test_p_says_what_the_interval_says():
     terms = np.array([[1e-4, 2], [2e-4, 300]])
     for p in (.9, .05, 1e-3, 1e-9): assert scores._p_value(scores._quantile(terms, p), terms) == pytest.approx(p)
 
+def test_p_where_two_seeds_agree_to_the_last_digit():
+    from scipy.stats import t
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        terms = np.array([[0., 1], [4e-4, 200]])
+        assert scores._p_value(2.5, terms) == pytest.approx(2 * t.sf(2.5, 200))
+        for v in (1e-30, 1e-6, 1.): assert 0 < scores._p_value(3., np.array([[v, 1], [0., 200]])) < .3
+
 def test_swapping_recipes_swaps_the_sign_and_a_recipe_does_not_differ_from_itself():
     df = study(5)
     one, two = (recipe_difference(df, *names, range(3)) for names in ('ab', 'ba'))
