@@ -4,7 +4,9 @@ import pandas as pd
 import pytest
 from scipy.stats import mannwhitneyu
 
-from cxr_lab.explore import auroc_of, cohens_d, draw_patients, gray_histograms, image_features, plot_class_counts, separability
+from cxr_lab.explore import (auroc_of, cohens_d, draw_patients, gray_histograms, image_features, lung_box, lung_boxes,
+                             narrower, plot_class_counts, separability)
+from cxr_lab.lungs import pack
 
 
 def test_draw_patients(tiny):
@@ -37,12 +39,41 @@ def test_gray_histograms(tiny):
 def test_image_features_of_plain_images():
     flat = np.full((1, 1, 60, 60), 51, np.uint8)
     f = image_features(flat).iloc[0]
-    assert f.brightness == pytest.approx(.2) and f['lung zones'] == pytest.approx(.2) and f[['contrast', 'sharpness', 'middle minus lung zones', 'contrast in lung zones']].abs().max() < 1e-6
-    chest = flat.copy(); chest[..., 24:36] = 204
-    assert image_features(chest)['middle minus lung zones'][0] == pytest.approx(.6, abs=1e-3)
+    assert list(f.index) == ['brightness', 'contrast', '5th percentile', '95th percentile', 'sharpness']
+    assert f.brightness == pytest.approx(.2) and f[['contrast', 'sharpness']].abs().max() < 1e-6
     noisy = np.random.default_rng(0).integers(0, 256, (1, 1, 60, 60), np.uint8)
     n = image_features(noisy).iloc[0]
     assert n.sharpness > f.sharpness and n['5th percentile'] == pytest.approx(.05, abs=.02) and n['95th percentile'] == pytest.approx(.95, abs=.02)
+
+def test_image_features_do_not_know_where_anything_is():
+    "Blocks of an image that change places leave all but the sharpness at their borders as it was."
+    image = np.random.default_rng(1).integers(0, 256, (64, 64)).astype(np.uint8)
+    moved = np.roll(image, (32, 20), (0, 1))
+    a, b = image_features(np.stack([image, moved])[:, None]).to_numpy()
+    assert np.allclose(a[:4], b[:4]) and a[4] == pytest.approx(b[4], rel=.02)
+
+def two_lungs(left, top, width, height, size=64):
+    mask = np.zeros((size, size), bool)
+    mask[top:top + height, left:left + width] = True
+    mask[:, left + width // 2 - 1:left + width // 2 + 1] = False
+    return mask
+
+def test_the_box_around_lungs():
+    for box in ((3, 10, 40, 50), (0, 0, 64, 64), (20, 5, 30, 12)):
+        assert lung_box(two_lungs(*box)) == tuple(v / 64 for v in box)
+
+def test_boxes_of_all_masks_and_none_where_there_are_no_lungs():
+    masks = pack([two_lungs(3, 10, 40, 50), np.zeros((64, 64), bool), two_lungs(0, 0, 32, 64)])
+    boxes = lung_boxes(masks)
+    assert boxes.proportion.tolist()[::2] == [.8, .5] and boxes.iloc[1].isna().all()
+    assert (boxes.width / boxes.height).equals(boxes.proportion)
+
+def test_narrower_is_the_chance_that_the_ill_one_has_the_smaller_number():
+    chests = pd.DataFrame(dict(proportion=[1.1, 1.0, .8, .9, np.nan, 5], height=[1, 2, 3, 4, 5, 0]))
+    labels, rows = np.array([0, 0, 1, 1, 1, 1]), np.arange(5)
+    assert narrower(chests, labels, rows) == 1 and narrower(chests, labels, rows, 'height') == 0
+    assert narrower(chests, labels, np.arange(6)) == pytest.approx(2 / 3)
+    assert narrower(chests, labels, np.array([0, 4])) == .5, 'one class is left'
 
 def test_cohens_d():
     rng = np.random.default_rng(0)

@@ -120,6 +120,12 @@ def options(cell):
     lines = re.match(r'(#\|.*\n?)*', cell.source)[0].splitlines()
     return yaml.safe_load('\n'.join(line.removeprefix('#|') for line in lines if ':' in line)) or {}
 
+@named(LESSONS)
+def test_what_a_committed_lesson_says_holds(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            for text in texts(output): assert 'does not hold here' not in text, text
+
 @named(NOTEBOOKS)
 def test_every_picture_is_described(path):
     for cell in code_cells(path):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from cxr_lab import runs
-from cxr_lab.runs import (MissingUpstream, Step, atomic_path, expect_error, outdated, read_json, read_metrics, read_predictions, resolve_run_dir,
+from cxr_lab.runs import (MissingUpstream, Step, atomic_path, expect_error, holds, outdated, read_json, read_metrics, read_predictions, resolve_run_dir,
                           update_json, write_json, write_metrics, write_predictions)
 
 
@@ -228,6 +228,17 @@ def test_expect_error(capsys):
         with expect_error(ValueError, 'y'): raise ValueError('x')
     with pytest.raises(AssertionError, match='got TypeError'):
         with expect_error(ValueError): raise TypeError('x')
+
+def test_sentences_that_do_not_hold_are_named(capsys, monkeypatch):
+    monkeypatch.delenv('CXR_LAB_STRICT', raising=False)
+    holds({'a is one': True, 'b is two': np.bool_(True)})
+    assert capsys.readouterr().out == 'sentences checked: 2, all of them hold\n'
+    said = {'a is one': True, 'b is two': np.bool_(False), 'c is three': False}
+    holds(said)
+    assert capsys.readouterr().out == 'does not hold here: b is two\ndoes not hold here: c is three\n'
+    monkeypatch.setenv('CXR_LAB_STRICT', '1')
+    with pytest.raises(AssertionError, match='b is two\ndoes not hold here: c is three$'): holds(said)
+    holds({'a is one': True})
 
 def test_progress_is_silent_where_nobody_watches(capsys, monkeypatch):
     monkeypatch.delenv('JPY_SESSION_NAME', raising=False)
