@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIG', 'GB_PER_WORKER', 'read_values', 'read_config', 'with_options', 'needs', 'Node', 'Point', 'Plan',
-           'point_name', 'plan_sweep', 'describe_plan', 'run_step', 'finish_point', 'SweepFailed', 'fit_workers',
-           'fit_threads', 'sweep']
+           'point_name', 'plan_sweep', 'describe_plan', 'run_step', 'finish_point', 'SweepFailed', 'workers_here',
+           'threads_each', 'sweep']
 
 # %% ../nbs/lab/sweep.ipynb #6d23be82
 import csv, hashlib, itertools, json, logging, math, os, queue, re, shutil, statistics, sys
@@ -445,7 +445,7 @@ GB_PER_WORKER = 2  # a training step with its data, rounded up
 class SweepFailed(RuntimeError):
     "Some points of a sweep failed; the others are complete."
 
-def fit_workers(
+def workers_here(
     steps: int,  # that could run at once
 ) -> int:
     """How many workers fit the cores and the memory of this machine, limits of its container
@@ -454,7 +454,7 @@ def fit_workers(
     from distributed.system import MEMORY_LIMIT
     return max(1, min(CPU_COUNT, int(MEMORY_LIMIT/1e9/GB_PER_WORKER), steps))
 
-def fit_threads(workers: int) -> int:
+def threads_each(workers: int) -> int:
     "Threads per step with so many workers on this machine."
     from dask.system import CPU_COUNT
     return max(1, CPU_COUNT//workers)
@@ -603,10 +603,10 @@ def sweep(
     with alone_in(out, shown):
         complete = _states(plan, out)
         todo = [n for n in plan.nodes.values() if n.key not in complete]
-        if scheduler is None: workers = workers or fit_workers(len(todo))
+        if scheduler is None: workers = workers or workers_here(len(todo))
         if threads is None and resume and (out/'sweep.json').is_file():
             threads = read_json(out/'sweep.json')['threads']
-        if threads is None: threads = 0 if scheduler else fit_threads(workers)
+        if threads is None: threads = 0 if scheduler else threads_each(workers)
         write_json(out/'sweep.json', dict(notebooks=[Path(p).name for p in plan.notebooks],
                                           needs=plan.needs, threads=threads, baseline=plan.baseline,
                                           points=[dict(name=p.name, **_point_facts(p))

@@ -42,3 +42,14 @@ def test_a_network_of_torchvision_is_found_when_it_is_asked_for():
     small = "from cxr_lab.model import build_model; build_model('small')"
     assert brought(small, ('torchvision',)) == []
     assert brought(small + "; build_model('resnet18')", ('torchvision',)) == ['torchvision']
+
+def test_what_the_package_offers_is_imported_when_it_is_asked_for():
+    heavy = ('torch', 'pandas', 'numpy', 'papermill', 'nbformat', *HEAVY)
+    assert brought('import cxr_lab; dir(cxr_lab)', heavy) == []
+    assert brought('from cxr_lab import intervals', ('torch', *HEAVY)) == []
+    assert {'Predictor', 'GradCAM', 'load_dataset', 'predict_files', 'intervals'} <= set(dir(cxr_lab))
+    for name in cxr_lab.__all__: assert getattr(cxr_lab, name) is not None
+    from cxr_lab.predict import Predictor
+    assert cxr_lab.Predictor is Predictor
+    with pytest.raises(AttributeError, match="'cxr_lab' has no attribute 'predictor'"): cxr_lab.predictor
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"): from cxr_lab import nothing

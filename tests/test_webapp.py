@@ -309,5 +309,5 @@ def test_a_huge_picture_is_refused_when_served(monkeypatch):
     monkeypatch.setattr(webapp, '_listen', listen)
     predictor, large = Predictor.load(), png(np.zeros((6400, 6400), np.uint8))
     with pytest.raises(Stop): webapp.serve(predictor)
-    assert 6400**2 <= MAX_PIXELS and predictor.max_pixels == webapp.MAX_PIXELS
+    assert 6400**2 <= MAX_PIXELS and predictor.max_pixels == webapp.MAX_UPLOAD_PIXELS
     with pytest.raises(Refused, match='6400 x 6400 pixels, more than 40,000,000'): predictor.explain(large)
