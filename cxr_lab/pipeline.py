@@ -69,7 +69,8 @@ def select(
 ) -> list[Path]:
     "The notebooks that are meant, in their own order; `UsageError` lists the known ones."
     known = {p.stem: p for p in lessons(nbs)}
-    wanted = {named_notebook(name, known) for name in ([names] if isinstance(names, str) else names or [])}
+    wanted = {named_notebook(name, known)
+              for name in ([names] if isinstance(names, str) else names or [])}
     return [path for stem, path in known.items() if stem in wanted or not wanted]
 
 # %% ../nbs/lab/pipeline.ipynb #1296ac9b
@@ -480,7 +481,8 @@ def run_pipeline(
     memory = run/'pipeline.json'
     before = read_json(memory) if resume and memory.is_file() else {}
     said = typed_parameters(selected, with_data(params, data))
-    plan, given = plan_overrides(selected, said, quick, before), plan_overrides(selected, said, quick)
+    plan = plan_overrides(selected, said, quick, before)
+    given = plan_overrides(selected, said, quick)
     carried = {k: v for stem, now in plan.items() for k, v in now.items() if k not in given[stem]}
     if carried: say('resuming with ' + ', '.join(f'{k}={v}' for k, v in carried.items()))
     for path in selected: _check_folder(run, path.stem)

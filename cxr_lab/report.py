@@ -229,7 +229,8 @@ def _published(source, executed):
                 output.execution_count = target.execution_count
             if problem := _unfit(output): problems.append(f'cell [{count}] leaves {problem}')
     size = len(nbformat.writes(source).encode())
-    if size >= MAX_NOTEBOOK: problems.append(f'{size/1e6:.1f} MB, the limit is {MAX_NOTEBOOK/1e6} MB')
+    if size >= MAX_NOTEBOOK:
+        problems.append(f'{size/1e6:.1f} MB, the limit is {MAX_NOTEBOOK/1e6} MB')
     return source, problems
 
 # %% ../nbs/lab/report.ipynb #17bb6413

@@ -26,9 +26,8 @@ def head_of(model: nn.Module) -> nn.Linear:
     "The last linear layer; `ValueError` if there is none."
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not linear:
-        raise ValueError(
-            f'{type(model).__name__} has no linear layer; an embedding is what the last one is '
-            f'given')
+        raise ValueError(f'{type(model).__name__} has no linear layer; '
+                         'an embedding is what the last one is given')
     return linear[-1]
 
 class Seen(threading.local):
@@ -37,8 +36,7 @@ class Seen(threading.local):
 
 @contextmanager
 def inputs_of(layer: nn.Module):
-    """Yields a `Seen` to which each call of the layer adds what it is given; the hook is gone at
-    the end."""
+    "Yields a `Seen` to which each call of the layer adds what it is given."
     seen = Seen()
     hook = layer.register_forward_pre_hook(lambda _, given: seen.given.append(given[0]))
     try: yield seen
@@ -48,10 +46,8 @@ def embed(
     model: nn.Module,
     pixels: np.ndarray,     # (N,1,H,W) uint8
     batch_size: int = 64,
-# (N,D) float32, embeddings; (N,) float64, probability of PNEUMONIA
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the last layer is given and what comes out, a batch per core, in evaluation mode; the
-    model is left as it was."""
+) -> tuple[np.ndarray, np.ndarray]:  # (N,D) float32, embeddings; (N,) probability of PNEUMONIA
+    "What the last layer is given and what comes out; the model is left as it was."
     training, device = model.training, next(model.parameters()).device
     @torch.inference_mode()
     def both(start):
@@ -75,20 +71,18 @@ def embedding_table(
     index: pd.DataFrame,      # N rows of lesson 00's index
     vectors: np.ndarray,      # (N,D) float32
     probability: np.ndarray,  # (N,) of PNEUMONIA
-# path, label, split, prediction, probability, patient, subtype, e0, e1, ...
-) -> pd.DataFrame:
-    """Everything about each image in one row; `ValueError` if rows are missing or a number is not
-    finite."""
+) -> pd.DataFrame:            # path, label, split, prediction, probability, patient, ..., e0, ...
+    "Everything about each image in one row; `ValueError` for missing rows, or what is not finite."
     if not len(index) == len(vectors) == len(probability):
         raise ValueError(
             f'{len(index)} images, {len(vectors)} embeddings, {len(probability)} probabilities')
     if not np.isfinite(vectors).all():
         raise ValueError('an embedding is not finite; has the training diverged?')
     told = index[['path', 'label', 'split', 'patient', 'subtype']].reset_index(drop=True)
-    told = told.assign(prediction=(probability >= .5).astype(int), probability=probability)[[
-        'path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype']]
-    return pd.concat([told, pd.DataFrame(
-        vectors.astype(np.float32), columns=[f'e{i}' for i in range(vectors.shape[1])])], axis=1)
+    told = told.assign(prediction=(probability >= .5).astype(int), probability=probability)
+    told = told[['path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype']]
+    names = [f'e{i}' for i in range(vectors.shape[1])]
+    return pd.concat([told, pd.DataFrame(vectors.astype(np.float32), columns=names)], axis=1)
 
 def vectors_of(table: pd.DataFrame) -> np.ndarray:  # (N,D) float32
     "The embeddings in such a table."
@@ -104,15 +98,13 @@ def tsne_map(
     "A t-SNE map by scikit-learn (Barnes-Hut); the same seed gives the same map."
     n = len(vectors)
     if not 1 <= perplexity < (n - 1) / 3:
-        raise ValueError(
-            f'perplexity={perplexity}: from 1 to below {(n - 1) / 3:.0f}, a third of the {n} '
-            f'images')
+        raise ValueError(f'perplexity={perplexity}: from 1 to below {(n - 1) / 3:.0f}, '
+                         f'a third of the {n} images')
     from sklearn.manifold import TSNE
-    # one thread, or two where it pays: a sum of two parts has no order, so the map is the same on
-    # any number of cores
+    tsne = TSNE(2, perplexity=perplexity, init=init, random_state=seed)
+    # two threads at the most: a sum of two parts has no order, so any number of cores does the same
     with threadpool_limits({'openmp': 1 if n < 2000 else 2, 'blas': 1}):
-        return TSNE(2, perplexity=perplexity, init=init,
-                    random_state=seed).fit_transform(vectors).astype(np.float32)
+        return tsne.fit_transform(vectors).astype(np.float32)
 
 def pca_map(vectors: np.ndarray) -> np.ndarray:  # (N,D) -> (N,2) float32
     "The two main axes: a linear map, in which distances shrink but never grow."
@@ -128,15 +120,13 @@ def _nearest(points, k):
 def agreement(
     a: np.ndarray, b: np.ndarray,  # (N,D) and (N,E): two pictures of the same images
     k: int = 15,
-# share of the k nearest neighbors in common; rank correlation of all distances
-) -> tuple[float, float]:
-    """What two pictures agree on, near and far. Neither turning nor scaling changes it; two
-    pictures that know nothing of each other have k / (N - 1), and 0."""
+) -> tuple[float, float]:  # share of the k nearest in common; rank correlation of all distances
+    "What two pictures agree on, near and far; k / (N - 1) and 0, where that is chance."
     from scipy.spatial.distance import pdist
     from scipy.stats import spearmanr
     if len(a) != len(b) or k >= len(a): raise ValueError(f'{len(a)} and {len(b)} points with k={k}')
-    shared = np.mean(
-        [len(np.intersect1d(p, q)) for p, q in zip(_nearest(a, k), _nearest(b, k))]) / k
+    pairs = zip(_nearest(a, k), _nearest(b, k))
+    shared = np.mean([len(np.intersect1d(p, q)) for p, q in pairs]) / k
     return float(shared), float(spearmanr(pdist(a), pdist(b)).statistic)
 
 # %% ../nbs/09_tsne.ipynb #9b60972f
@@ -199,10 +189,8 @@ def separation(
     train: np.ndarray, train_labels: np.ndarray,  # (N,D), (N,) 0 or 1
     test: np.ndarray, test_labels: np.ndarray,    # (M,D), (M,)
     k: int = 15,
-# silhouette, neighbors, straight_cut, auroc; None where a class is missing
-) -> dict:
-    """How well two classes are separated in a space: test images among themselves, and by rules
-    found on train."""
+) -> dict:  # silhouette, neighbors, straight_cut, auroc; None where a class is missing
+    "How well two classes are separated: test images among themselves, and by rules from train."
     from sklearn.metrics import balanced_accuracy_score, roc_auc_score, silhouette_score
     from sklearn.neighbors import KNeighborsClassifier
     names = ('silhouette', 'neighbors', 'straight_cut', 'auroc')
@@ -222,16 +210,16 @@ def told_apart(
     second: np.ndarray,   # (N,) bool: in the second of two sets
     patients,             # (N,) patient of each image
     folds: int = 5, seed: int = 0,
-# AUROC; 0.5: the sets look the same. None if a set has fewer patients than folds
-) -> float | None:
+) -> float | None:        # AUROC; 0.5: they look the same. None: fewer patients than folds
     "How well a straight cut tells two sets of images apart, cross-validated over patients."
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     second, groups = np.asarray(second).astype(int), np.asarray(patients)
     if min(len(set(groups[second == s])) for s in (0, 1)) < folds: return None
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    return float(roc_auc_score(second, cross_val_predict(
-        _straight_cut(), vectors, second, groups=groups, cv=split, method='decision_function')))
+    side = cross_val_predict(_straight_cut(), vectors, second, groups=groups, cv=split,
+                             method='decision_function')
+    return float(roc_auc_score(second, side))
 
 # %% ../nbs/09_tsne.ipynb #66278ccb
 def nearest_training(
@@ -239,8 +227,7 @@ def nearest_training(
     train: np.ndarray,    # rows to look among
     rows: np.ndarray,     # rows to look for
     k: int = 5,
-# (n,k) rows of the nearest training images; (n,k) their distances
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:  # (n,k) rows of the nearest training images; their distances
     "The nearest training images of some images; an image is never its own neighbor."
     from sklearn.neighbors import NearestNeighbors
     if np.intersect1d(train, rows).size:

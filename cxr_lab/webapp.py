@@ -146,8 +146,7 @@ def create_app(
 
 # %% ../nbs/lab/app.ipynb #e0e5cd07
 def _listen(app, host, port):
-    """A server that does not run yet, the socket on which it already listens, and the address of
-    its page."""
+    "A server that does not run yet, the socket on which it listens, the address of its page."
     with optional('app'): import uvicorn
     try: listener = socket.create_server((host, port))
     except OSError as e:
@@ -157,8 +156,8 @@ def _listen(app, host, port):
                             access_log=False, log_config=None, log_level='warning',
                             server_header=False, proxy_headers=False,
                             limit_concurrency=16, timeout_graceful_shutdown=3)
-    return uvicorn.Server(
-        config), listener, f'http://{"127.0.0.1" if host == "0.0.0.0" else host}:{listener.getsockname()[1]}/'
+    name, port = '127.0.0.1' if host == '0.0.0.0' else host, listener.getsockname()[1]
+    return uvicorn.Server(config), listener, f'http://{name}:{port}/'
 
 @contextmanager
 def running(app, host: str = '127.0.0.1', port: int = 0):  # -> address; port 0: any that is free
