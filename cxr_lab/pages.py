@@ -33,8 +33,7 @@ THUMBNAILS = 1000  # rows that have pictures
 
 def read_rows(
     file: Path,     # predictions.csv, as `cxr-lab predict` writes it
-# its columns; `probability` and `threshold` float, or None where there is no answer
-) -> list[dict]:
+) -> list[dict]:    # its columns; None where there is no probability or threshold
     "The table's rows, those first that need attention; `ValueError` if it is no such table."
     rows = read_table(file).to_dict('records')
     for row in rows:

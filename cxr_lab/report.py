@@ -100,8 +100,7 @@ def _portable(value):
 def results_table(
     results: dict,     # what `results.json` holds
     metrics=METRICS,   # which columns
-# one row per experiment and threshold rule: `seeds`, and `<metric>`, `<metric>_sd` for each metric
-) -> pd.DataFrame:
+) -> pd.DataFrame:     # one row per experiment and threshold rule: seeds, <metric>, <metric>_sd
     "Mean and sample standard deviation over seeds."
     rows = pd.DataFrame(results['rows'], columns=[
         'experiment', 'seed', 'threshold_rule', 'threshold', *METRICS, 'n'])

@@ -101,8 +101,7 @@ def _notebook_code(path):
 def needs(
     notebook: str | os.PathLike,  # its file
     earlier: list[str],           # names of the notebooks before it, in order
-# those of them that it reads; all of them, where that cannot be told
-) -> list[str]:
+) -> list[str]:                   # those that it reads; all, where that cannot be told
     "Which earlier notebooks a notebook names, itself or through the definitions that it reaches."
     return _needs(notebook, earlier, *_notebook_code(notebook))
 

@@ -140,8 +140,7 @@ def _once(table, group):
 
 def summarize(
     table: pd.DataFrame,     # from `tidy_table`
-# what is varied but seeds, notebook, place, metric, n, mean, sd, low, high
-) -> pd.DataFrame:
+) -> pd.DataFrame:           # varied parameters, notebook, place, metric; n, mean, sd, low, high
     "Seeds aggregated."
     group = [c for c in _varied(table) if not _is_seed(c)]
     keys = [*group, 'notebook', 'place', 'metric']
@@ -176,8 +175,7 @@ def _difference(pairs):
 def compare_to(
     table: pd.DataFrame,     # from `tidy_table`
     baseline: dict,          # the value of some of the varied parameters, typed or as text
-# those parameters, notebook, place, metric, and what `_difference` says
-) -> pd.DataFrame:
+) -> pd.DataFrame:           # those parameters, notebook, place, metric; what `_difference` says
     "Each other value against the baseline, in pairs where everything else is equal."
     against, varied = list(baseline), _varied(table)
     if missing := [k for k in against if k not in table]:
