@@ -7,7 +7,7 @@ from common import arguments, report
 def loop(plan, work):
     "What one writes first: every notebook of every point, one after the other."
     import papermill
-    from cxr_lab.pipeline import plain_kernels
+    from cxr_lab.kernels import plain_kernels
     from cxr_lab.report import write_results
     for point in plan.points:
         run = work/point.name

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATA_NAMES', 'QUICK', 'WORTH_FORKING', 'UsageError', 'notebooks_dir', 'lessons', 'named_notebook', 'select',
            'notebook_parameters', 'typed_parameters', 'overrides_of', 'check_parameters', 'check_data', 'with_data',
-           'plan_overrides', 'plain_kernels', 'NotebookFailed', 'notebook_code', 'step_key', 'follow_lessons', 'say',
-           'RunInUse', 'alone_in', 'run_pipeline', 'run_notebook']
+           'plan_overrides', 'NotebookFailed', 'notebook_code', 'step_key', 'follow_lessons', 'say', 'RunInUse',
+           'alone_in', 'run_pipeline', 'run_notebook']
 
 # %% ../nbs/lab/pipeline.ipynb #bb87c3d3
 import ast, json, logging, math, os, re, subprocess, sys, threading, time, uuid
@@ -18,14 +18,15 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock, Timeout
 
-from .edits import PACKAGE, follow, for_children, lessons_in_use, lessons_of
+from .edits import PACKAGE, follow, lessons_in_use, lessons_of
 from .kept import (
     ASIDE, CELLS, changed, code_of_cells, few, is_kept, kept_from, only_since, put_aside)
+from .kernels import env_of, kernel_manager, plain_kernels, warm_imports, warm_up
 from .knobs import Knob, did_you_mean, list_knobs, read_knobs
 from .overview import render_lesson, write_overview
 from .report import result_code, write_results
 from .runs import (
-    PROGRESS, discard, is_checkout, outdated, read_json, read_status, resolve_run_dir,
+    PROGRESS, discard, outdated, read_json, read_status, resolve_run_dir,
     update_json, versions, write_json)
 
 # %% ../nbs/lab/pipeline.ipynb #513dc50b
@@ -207,26 +208,6 @@ def plan_overrides(
     return plan
 
 # %% ../nbs/lab/pipeline.ipynb #976d54ca
-def _kernel_env(lessons):
-    "What lets a child of this process use this cxr_lab with some lessons."
-    env, source = for_children(lessons), PACKAGE.resolve().parent
-    if not is_checkout(source): return env
-    places = str(source), os.environ.get('PYTHONPATH')
-    return env | {'PYTHONPATH': os.pathsep.join(filter(None, places))}
-
-def plain_kernels(
-    lessons=None,  # whose modules they use; those in use by default
-):                 # a kernel manager class
-    "Kernels of this interpreter, with this cxr_lab, and without progress bars."
-    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-    env = {'CXR_LAB_PROGRESS': '0'} | _kernel_env(lessons or lessons_in_use())
-    spec = KernelSpec(resource_dir=str(RESOURCES),
-                      **get_kernel_dict(extra_arguments=['--log-level=CRITICAL']) | {'env': env})
-    class ThisPython(AsyncKernelManager): kernel_spec = spec
-    return ThisPython
-
 class NotebookFailed(RuntimeError):
     "A notebook stopped with an error."
     def __init__(self, notebook, cell, line, error, partial):
@@ -321,7 +302,7 @@ print(json.dumps([code, sorted(words)]))'''
 def _code_with(lessons, cells, states):  # states of its modules: one answer for each
     "`code_of_cells` in a process that has the modules of other lessons, as their kernels have."
     asked = subprocess.run([sys.executable, '-c', _ASK], input=json.dumps(cells), check=True,
-                           text=True, stdout=subprocess.PIPE, env=os.environ | _kernel_env(lessons))
+                           text=True, stdout=subprocess.PIPE, env=os.environ | env_of(lessons))
     code, words = json.loads(asked.stdout.splitlines()[-1])
     return code, set(words)
 
@@ -451,7 +432,6 @@ WORTH_FORKING = 3  # notebooks: below it, loading their imports beforehand saves
 def _warm(notebooks, run):
     """A kernel manager whose kernels are forked from a process that has imported what these
     notebooks import."""
-    from cxr_lab.kernels import kernel_manager, warm_imports, warm_up
     modules = warm_imports(notebooks)
     # their modules are not those of this process
     others = lessons_of(notebooks[0].parent) not in (None, lessons_in_use())

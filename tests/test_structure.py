@@ -14,17 +14,11 @@ LESSONS = [p.stem[3:] for p in sorted((REPO/'nbs').glob('[0-9][0-9]_*.ipynb'))] 
 GROUND = ['runs', 'edits', 'knobs', 'cores', 'kept', 'stored', 'phantom', 'films', 'images', 'scores', 'trainer',
           'networks', 'lungs', 'reference', 'explorable']  # of nbs/lab: what lessons may import besides lower lessons
 
-CIRCLES_OPEN = {
-    ('kernels', 'pipeline')}
+CIRCLES_OPEN = set()
 PRIVATE_OPEN = set()  # module, where the name is from, name
-TWICE_OPEN = {
-    'CELLS': {'gradcam', 'kept'}, 'Dataset': {'cli', 'data'}, 'MAX_BYTES': {'films', 'report'},
-    'MAX_PIXELS': {'films', 'webapp'}, 'expose': {'augment', 'phantom'}, 'fetch': {'cli', 'images'},
-    'fit_workers': {'cores', 'sweep'}, 'predict': {'cli', 'networks'}, 'publish': {'cli', 'report'},
-    'quiet_git': {'cli', 'workplace'}, 'sweep': {'cli', 'sweep'}}
+TWICE_OPEN = {'CELLS': {'gradcam', 'kept'}, 'expose': {'augment', 'phantom'}}
 WIDE_OPEN = {  # notebooks with code lines that are too long
-    '06_gradcam', '07_segment', '08_masked', '09_tsne', 'index', 'lab/app', 'lab/lungs',
-    'lab/phantom', 'lab/pipeline', 'lab/reference'}
+    '06_gradcam', '07_segment', '08_masked', 'lab/lungs', 'lab/phantom', 'lab/reference'}
 
 
 # What the text says
