@@ -38,7 +38,8 @@ def layer_candidates(
     found, hooks = [], []
     def look(name):
         def hook(_, __, out):
-            if isinstance(out, torch.Tensor) and out.dim() == 4 and min(out.shape[2:]) > 1 and name not in found: found.append(name)
+            if not isinstance(out, torch.Tensor) or out.dim() != 4 or name in found: return
+            if min(out.shape[2:]) > 1: found.append(name)
         return hook
     try:
         hooks += [m.register_forward_hook(look(n)) for n, m in model.named_modules() if n]
@@ -57,7 +58,7 @@ def _evaluating(model):
         for m, mode in modes.items(): m.training = mode
 
 # %% ../nbs/06_gradcam.ipynb #78cc06eb
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Maps:
     "Grad-CAM of N images: what was computed, unscaled."
     raw: np.ndarray            # (N,h,w) float32, after ReLU
@@ -65,15 +66,22 @@ class Maps:
     classes: np.ndarray | None # (N,) int64, the class explained; None if the target was a function
     probabilities: np.ndarray  # (N,K) float64, softmax of the logits
 
+    def __repr__(self):
+        h, w = self.raw.shape[1:]
+        return f'Maps({len(self)} of {h} x {w}, for images of {self.size[0]} x {self.size[1]})'
+
     def __len__(self): return len(self.raw)
 
     @property
-    def zero(self) -> np.ndarray: return ~self.raw.any((1, 2))  # (N,) bool: nothing speaks for the class at this layer
+    def zero(self) -> np.ndarray:  # (N,) bool
+        "Where nothing speaks for the class at this layer."
+        return ~self.raw.any((1, 2))
 
     @property
     def up(self) -> np.ndarray:  # (N,H,W) float32
         "The raw maps enlarged to the images' size, bilinear, pixel centers aligned; not scaled."
-        return interpolate(torch.from_numpy(self.raw)[:, None], self.size, mode='bilinear', align_corners=False)[:, 0].numpy()
+        return interpolate(torch.from_numpy(self.raw)[:, None], self.size, mode='bilinear',
+                           align_corners=False)[:, 0].numpy()
 
 # %% ../nbs/06_gradcam.ipynb #0d8df1dd
 def _gradcam(a, g): return torch.einsum('nc,nchw->nhw', g.mean((2, 3)), a)
@@ -91,37 +99,50 @@ METHODS = {'gradcam': _gradcam, 'gradcam++': _gradcam_pp, 'hirescam': _hirescam}
 def _scores(logits, target):
     "What is differentiated, (N,), and the class of each image, or None if `target` is a function."
     if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f'the model puts out {tuple(logits.shape)}; Grad-CAM here needs one logit per class, (N,K) with K of 2 or more: '
-                         'a single logit s is the two logits (0, s)')
+        raise ValueError(
+            f'the model puts out {tuple(logits.shape)}; Grad-CAM here needs one logit per class, '
+            '(N,K) with K of 2 or more: '
+            'a single logit s is the two logits (0, s)')
     n, k = logits.shape
     if callable(target):
         scores = target(logits)
-        if not isinstance(scores, torch.Tensor) or scores.shape != (n,): raise ValueError(f'the target function must return one score per image, ({n},)')
+        if not isinstance(scores, torch.Tensor) or scores.shape != (n,):
+            raise ValueError(f'the target function must return one score per image, ({n},)')
         return scores, None
     if target is None: classes = logits.argmax(1)
     else:
-        classes = torch.as_tensor(np.array(target) if isinstance(target, np.ndarray) else target, device=logits.device)
-        if classes.dtype.is_floating_point or classes.dtype == torch.bool or classes.shape not in ((), (n,)):
-            raise ValueError(f'target {target!r}: a class number, or one for each of the {n} images')
+        classes = torch.as_tensor(np.array(target) if isinstance(target, np.ndarray) else target,
+                                  device=logits.device)
+        if classes.dtype.is_floating_point or classes.dtype == torch.bool or classes.shape not in (
+            (), (n,)):
+            raise ValueError(
+                f'target {target!r}: a class number, or one for each of the {n} images')
         classes = classes.long().expand(n)
-        if classes.min() < 0 or classes.max() >= k: raise ValueError(f'target {target!r}: the model has classes 0 to {k - 1}')
+        if classes.min() < 0 or classes.max() >= k:
+            raise ValueError(f'target {target!r}: the model has classes 0 to {k - 1}')
     return logits.gather(1, classes[:, None])[:, 0], classes
 
 # %% ../nbs/06_gradcam.ipynb #16044e14
 class GradCAM:
-    "Explains a model at one layer, as a context manager: the hook lives inside `with`, and is gone however that ends."
+    "Explains a model at one layer; its hook lives inside `with`, and is gone however that ends."
     def __init__(self,
-        model: nn.Module,       # (N,C,H,W) float -> (N,K) logits
-        layer: str = '',        # name as in model.named_modules(); empty: the last of layer_candidates
-        method: str = 'gradcam' # a key of METHODS
+        model: nn.Module,        # (N,C,H,W) float -> (N,K) logits
+        layer: str = '',         # of model.named_modules(); empty: the last of layer_candidates
+        method: str = 'gradcam', # a key of METHODS
     ):
-        if method not in METHODS: raise ValueError(f'unknown method {method!r}; known: {", ".join(METHODS)}')
+        if method not in METHODS:
+            raise ValueError(f'unknown method {method!r}; known: {", ".join(METHODS)}')
         if layer and layer not in (names := dict(model.named_modules())):
-            with_convolutions = [n for n, m in names.items() if n and any(isinstance(c, nn.Conv2d) for c in m.modules())]
-            raise ValueError(f'the model has no layer {layer!r}; candidates: {", ".join(with_convolutions)}')
+            with_convolutions = [n for n, m in names.items() if n
+                                 and any(isinstance(c, nn.Conv2d) for c in m.modules())]
+            raise ValueError(
+                f'the model has no layer {layer!r}; candidates: {", ".join(with_convolutions)}')
         self.model, self.layer, self.method = model, layer, method
         self._hook = self._leaf = None
         self._open = self._asked = False
+
+    def __repr__(self):
+        return f'GradCAM({type(self.model).__name__}, {self.layer or "last layer"}, {self.method})'
 
     def __enter__(self):
         self._open = True
@@ -135,33 +156,50 @@ class GradCAM:
     def _cut(self, module, inputs, output):
         "From here on, and not before, gradients are recorded."
         if not self._asked: return None  # somebody else uses the model
-        if not isinstance(output, torch.Tensor) or output.dim() != 4: raise ValueError(f'layer {self.layer!r} does not put out (N,C,h,w); see layer_candidates')
-        if self._leaf is not None: raise ValueError(f'layer {self.layer!r} is used more than once in a forward pass; choose one that is used once')
+        if not isinstance(output, torch.Tensor) or output.dim() != 4:
+            raise ValueError(
+                f'layer {self.layer!r} does not put out (N,C,h,w); see layer_candidates')
+        if self._leaf is not None:
+            raise ValueError(
+                f'layer {self.layer!r} is used more than once in a forward pass; choose one that '
+                'is used once')
         torch.set_grad_enabled(True)
         self._leaf = output.detach().requires_grad_()
         return self._leaf.clone()  # an in-place ReLU that follows would overwrite the activations
 
     def __call__(self,
         x: torch.Tensor,  # (N,C,H,W) float
-        target=None,      # class number, (N,) of them, function of the logits (N,K) -> (N,), or None: the predicted class
+        target=None,      # class, (N,) classes, function of logits -> (N,); None: as predicted
     ) -> Maps:
-        "Maps of a batch, in evaluation mode; model, gradients and grad mode are left as they were. `ValueError` for a target or layer that cannot be explained."
-        if not self._open: raise RuntimeError('use it inside `with GradCAM(...) as cam:`, so that its hook is released')
+        "Maps of a batch, in evaluation mode; model, gradients and grad mode are left as they were."
+        if not self._open:
+            raise RuntimeError(
+                'use it inside `with GradCAM(...) as cam:`, so that its hook is released')
         with torch.inference_mode(False), torch.no_grad(), _evaluating(self.model):
             if self._hook is None:
                 if not self.layer: self.layer = (layer_candidates(self.model, x[:1]) or [''])[-1]
-                if not self.layer: raise ValueError('no layer of the model puts out (N,C,h,w) with h and w above 1')
+                if not self.layer:
+                    raise ValueError(
+                        'no layer of the model puts out (N,C,h,w) with h and w above 1')
                 self._hook = self.model.get_submodule(self.layer).register_forward_hook(self._cut)
             try:
                 self._asked = True
                 logits = self.model(x)
-                if self._leaf is None: raise ValueError(f'layer {self.layer!r} was not reached in the forward pass; see layer_candidates')
+                if self._leaf is None:
+                    raise ValueError(
+                        f'layer {self.layer!r} was not reached in the forward pass; see '
+                        'layer_candidates')
                 scores, classes = _scores(logits, target)
-                gradient = torch.autograd.grad(scores.sum(), self._leaf, allow_unused=True)[0] if scores.requires_grad else None
-                if gradient is None: raise ValueError(f'the score does not depend on layer {self.layer!r}')
+                gradient = None
+                if scores.requires_grad:
+                    gradient, = torch.autograd.grad(scores.sum(), self._leaf, allow_unused=True)
+                if gradient is None:
+                    raise ValueError(f'the score does not depend on layer {self.layer!r}')
                 raw = METHODS[self.method](self._leaf.detach(), gradient).relu()
             finally: self._asked, self._leaf = False, None
-        return Maps(raw.float().cpu().numpy(), tuple(x.shape[2:]), None if classes is None else classes.cpu().numpy(), logits.detach().double().softmax(1).cpu().numpy())
+        probabilities = logits.detach().double().softmax(1).cpu().numpy()
+        if classes is not None: classes = classes.cpu().numpy()
+        return Maps(raw.float().cpu().numpy(), tuple(x.shape[2:]), classes, probabilities)
 
 # %% ../nbs/06_gradcam.ipynb #78d0bada
 def explain(
@@ -175,10 +213,12 @@ def explain(
     parts, many = [], not callable(target) and np.ndim(target) == 1
     with GradCAM(model, layer, method) as cam:
         for i in progress(range(0, len(pixels), batch_size), 'Grad-CAM'):
-            x = to_float(torch.from_numpy(np.array(pixels[i:i + batch_size]))).contiguous(memory_format=torch.channels_last)
+            x = to_float(torch.from_numpy(np.array(pixels[i:i + batch_size]))).contiguous(
+                memory_format=torch.channels_last)
             parts.append(cam(x, target[i:i + batch_size] if many else target))
     classes = None if callable(target) else np.concatenate([p.classes for p in parts])
-    return Maps(np.concatenate([p.raw for p in parts]), parts[0].size, classes, np.concatenate([p.probabilities for p in parts]))
+    return Maps(np.concatenate([p.raw for p in parts]), parts[0].size, classes,
+                np.concatenate([p.probabilities for p in parts]))
 
 # %% ../nbs/06_gradcam.ipynb #7fe5183f
 def scale_map(
@@ -194,12 +234,14 @@ def overlay(
     heat: np.ndarray,   # (H,W) from 0 to 1, e.g. of scale_map
     alpha: float = .6,  # opacity where the heat is 1
 ) -> np.ndarray:        # (H,W,3) uint8
-    "The image in gray under the heatmap's colors, the more opaque the hotter; where there is no heat the image is untouched."
+    "The image in gray under the heatmap's colors, the more opaque the hotter."
     from matplotlib import colormaps
     gray, heat = np.asarray(gray), np.asarray(heat)
-    if gray.shape != heat.shape: raise ValueError(f'image {gray.shape} and heatmap {heat.shape} have different sizes')
+    if gray.shape != heat.shape:
+        raise ValueError(f'image {gray.shape} and heatmap {heat.shape} have different sizes')
     a = (alpha * heat)[..., None]
-    return (gray[..., None] * (1 - a) + 255 * colormaps['inferno'](heat)[..., :3] * a + .5).astype(np.uint8)
+    return (gray[..., None] * (1 - a) + 255 * colormaps['inferno'](heat)[..., :3] * a
+            + .5).astype(np.uint8)
 
 def show_explained(
     images,        # sequence of (H,W) uint8
@@ -209,19 +251,24 @@ def show_explained(
 ):
     "A row per image: original, heatmap, overlay; returns the figure."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(images), 3, figsize=(6.4, 2.45 * len(images)), dpi=58, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(len(images), 3, figsize=(6.4, 2.45 * len(images)), dpi=58,
+                            squeeze=False, layout='constrained')
     for (a, b, c), image, up, zero, title in zip(axs, images, maps.up, maps.zero, titles):
         heat = scale_map(up)
         a.imshow(image, cmap='gray', vmin=0, vmax=255); a.set_title(title, fontsize=9, loc='left')
-        b.imshow(heat, cmap='inferno', vmin=0, vmax=1); b.set_title(f'maximum {up.max():.3g}', fontsize=9)
+        b.imshow(heat, cmap='inferno', vmin=0, vmax=1)
+        b.set_title(f'maximum {up.max():.3g}', fontsize=9)
         c.imshow(overlay(image, heat)); c.set_title('overlay', fontsize=9)
-        if zero: b.text(.5, .5, 'all-zero map:\nnothing at this layer\nspeaks for the class', color='white', ha='center', va='center', fontsize=8, transform=b.transAxes)
+        if zero:
+            b.text(.5, .5, 'all-zero map:\nnothing at this layer\nspeaks for the class',
+                   color='white', ha='center', va='center', fontsize=8, transform=b.transAxes)
         for ax in (a, b, c): ax.axis('off')
     fig.suptitle(suptitle, fontsize=11)
     return fig
 
 # %% ../nbs/06_gradcam.ipynb #6d377ca2
-CELLS = {'TP': 'true positive', 'FP': 'false positive', 'TN': 'true negative', 'FN': 'false negative'}
+CELLS = {'TP': 'true positive', 'FP': 'false positive', 'TN': 'true negative',
+         'FN': 'false negative'}
 
 def confusion_cells(
     labels, probabilities,  # (N,), (N,) of class 1
@@ -235,17 +282,20 @@ def pick_samples(
     predictions: pd.DataFrame,  # path, label, probability of the images to choose from
     threshold: float = .5,
 ) -> pd.DataFrame:              # cell, path, label, probability; at most one row per cell
-    "The member with the median probability of each cell of the confusion matrix; an empty cell has no row."
-    p = predictions.assign(cell=confusion_cells(predictions.label, predictions.probability, threshold)).sort_values(['probability', 'path'])
+    "The member with the median probability of each cell; an empty cell has no row."
+    cells = confusion_cells(predictions.label, predictions.probability, threshold)
+    p = predictions.assign(cell=cells).sort_values(['probability', 'path'])
+    p = p[['cell', 'path', 'label', 'probability']]
     found = [c.iloc[[(len(c) - 1) // 2]] for name in CELLS if len(c := p[p.cell == name])]
-    return pd.concat(found)[['cell', 'path', 'label', 'probability']] if found else p[['cell', 'path', 'label', 'probability']]
+    return pd.concat(found) if found else p
 
 # %% ../nbs/06_gradcam.ipynb #96208b7b
 def read_masks(
     folder: Path,            # of masks, laid out as the images, *.png
     paths,                   # (N,) image paths relative to the image folder
     size: int, aspect: str = 'stretch',  # as the pixels they belong to
-) -> tuple[np.ndarray, np.ndarray]:      # (N,size,size) bool, False where there is none; (N,) bool, which images have one
+    # (N,size,size) bool, False where there is none; (N,) bool, which images have one
+) -> tuple[np.ndarray, np.ndarray]:
     "Outlines that belong to images, brought to the same square."
     masks, there = np.zeros((len(paths), size, size), bool), np.zeros(len(paths), bool)
     for i, p in enumerate(paths):
@@ -259,7 +309,8 @@ def lung_mass_ratio(
     masks: np.ndarray,  # (N,H,W) bool
 ) -> np.ndarray:        # (N,) float64; NaN for an all-zero map or an empty mask
     "(share of the map's mass inside) / (share of the area inside); 1 for a uniform map."
-    if maps.shape != masks.shape: raise ValueError(f'maps {maps.shape} and masks {masks.shape} must have the same shape')
+    if maps.shape != masks.shape:
+        raise ValueError(f'maps {maps.shape} and masks {masks.shape} must have the same shape')
     m, inside = maps.astype(np.float64), masks.astype(bool)
     with np.errstate(invalid='ignore', divide='ignore'):
         ratio = (m * inside).sum((1, 2)) / m.sum((1, 2)) / inside.mean((1, 2))
@@ -271,16 +322,20 @@ def baseline_maps(
     seed: int = 0,
     grid: int = 8,       # random: cells along each side, enlarged as Grad-CAM's are
 ) -> np.ndarray:         # (N,H,W) float32, not negative
-    "Maps that know nothing of the model: noise as coarse as Grad-CAM's, a Gaussian in the middle (sigma: a quarter of the side), or the edges of the image."
+    "Maps that know nothing of the model: coarse noise, a Gaussian (sigma: a quarter), or edges."
     n, _, h, w = pixels.shape
     if kind == 'random':
         noise = np.random.default_rng(seed).random((n, 1, grid, grid), np.float32)
-        return interpolate(torch.from_numpy(noise), (h, w), mode='bilinear', align_corners=False)[:, 0].numpy()
+        return interpolate(torch.from_numpy(noise), (h, w), mode='bilinear',
+                           align_corners=False)[:, 0].numpy()
     if kind == 'gaussian':
         y, x = (np.arange(s, dtype=np.float32) / (s - 1) - .5 for s in (h, w))
-        return np.broadcast_to(np.exp(-(y[:, None] ** 2 + x ** 2) / (2 * .25 ** 2)), (n, h, w)).copy()
+        return np.broadcast_to(np.exp(-(y[:, None] ** 2 + x ** 2) / (2 * .25 ** 2)),
+                               (n, h, w)).copy()
     if kind == 'sobel':
-        return np.stack([np.hypot(*(cv2.Sobel(p[0], cv2.CV_32F, dx, 1 - dx) for dx in (1, 0))) for p in pixels])  # cv2.magnitude rounds by memory alignment
+        # cv2.magnitude rounds by memory alignment
+        return np.stack([np.hypot(*(cv2.Sobel(p[0], cv2.CV_32F, dx, 1 - dx) for dx in (1, 0)))
+                         for p in pixels])
     raise ValueError(f'unknown baseline {kind!r}; known: random, gaussian, sobel')
 
 # %% ../nbs/06_gradcam.ipynb #55edf3cf
@@ -290,17 +345,20 @@ def deletion_insertion(
     maps: np.ndarray,     # (N,H,W)
     classes,              # (N,) int, whose probability is followed
     steps: int = 16,
-) -> dict:                # 'deletion' and 'insertion': (N,steps+1) float64, probability of the class
-    "Replaces pixels by their blur, those with the highest values first, or puts them back into the blurred image (Petsiuk et al. 2018)."
+) -> dict:                # deletion, insertion: (N,steps+1) float64, probability of the class
+    "Replaces pixels by their blur, the highest values first, or the reverse (Petsiuk et al. 2018)."
     n, _, h, w = pixels.shape
-    if maps.shape != (n, h, w): raise ValueError(f'maps {maps.shape} do not fit pixels {pixels.shape}')
+    if maps.shape != (n, h, w):
+        raise ValueError(f'maps {maps.shape} do not fit pixels {pixels.shape}')
     out = {k: np.empty((n, steps + 1)) for k in ('deletion', 'insertion')}
     edges = np.linspace(0, h * w, steps + 1).round().astype(int)
     for i in progress(range(n), 'deletion and insertion'):
         image, rank = np.asarray(pixels[i, 0]), np.empty(h * w, int)
         rank[np.argsort(-maps[i].ravel(), kind='stable')] = np.arange(h * w)
-        blurred, first = cv2.GaussianBlur(image, (0, 0), h / 8), rank.reshape(h, w) < edges[:, None, None]
-        frames = np.concatenate([np.where(first, blurred, image), np.where(first, image, blurred)])[:, None]
+        blurred = cv2.GaussianBlur(image, (0, 0), h / 8)
+        first = rank.reshape(h, w) < edges[:, None, None]
+        frames = np.concatenate([np.where(first, blurred, image),
+                                 np.where(first, image, blurred)])[:, None]
         p = predict(model, frames)
         p = p if classes[i] == 1 else 1 - p
         out['deletion'][i], out['insertion'][i] = p[:steps + 1], p[steps + 1:]
@@ -323,7 +381,8 @@ def mean_interval(
     if not keep.any(): return np.nan, np.nan, np.nan
     w = patient_weights(np.asarray(patients)[keep], n_boot, seed).astype(float)
     w = w[w.any(1)]
-    return float(np.mean(values[keep])), *map(float, np.percentile(w @ values[keep] / w.sum(1), [2.5, 97.5]))
+    low, high = np.percentile(w @ values[keep] / w.sum(1), [2.5, 97.5])
+    return float(np.mean(values[keep])), float(low), float(high)
 
 # %% ../nbs/06_gradcam.ipynb #73f618c7
 @contextmanager
@@ -335,13 +394,15 @@ def _kept(model):
 
 def similarity(
     a: Maps, b: Maps,  # of the same images
-) -> tuple[np.ndarray, np.ndarray]:  # Spearman's rank correlation of the raw maps, SSIM of the enlarged and scaled ones; (N,) each
+) -> tuple[np.ndarray, np.ndarray]:  # (N,) Spearman's correlation of raw, SSIM of scaled maps
     "How alike two sets of maps are; NaN where one of a pair is constant, as an all-zero map is."
     from scipy.stats import spearmanr
     from torchmetrics.functional.image import structural_similarity_index_measure
-    rank = np.array([spearmanr(p.ravel(), q.ravel()).statistic if np.ptp(p) and np.ptp(q) else np.nan for p, q in zip(a.raw, b.raw, strict=True)])
+    rank = np.array([spearmanr(p.ravel(), q.ravel()).statistic if np.ptp(p) and np.ptp(q)
+                     else np.nan for p, q in zip(a.raw, b.raw, strict=True)])
     p, q = (torch.from_numpy(scale_map(m.up))[:, None] for m in (a, b))
-    ssim = structural_similarity_index_measure(p, q, data_range=1., reduction='none').reshape(-1).numpy().astype(float)
+    ssim = structural_similarity_index_measure(p, q, data_range=1., reduction='none')
+    ssim = ssim.reshape(-1).numpy().astype(float)
     return rank, np.where(np.isnan(rank), np.nan, ssim)
 
 def randomization_check(
@@ -350,9 +411,10 @@ def randomization_check(
     layer: str = '', method: str = 'gradcam',
     repeats: int = 3,     # random draws
     seed: int = 0,
-) -> pd.DataFrame:        # one row per repeat, layer and image: repeat, forgotten (layers from the head down), layer, image, spearman, ssim
-    "Cascading randomization (Adebayo et al. 2018): the class first predicted is explained again while more and more layers are re-initialized."
-    own = [(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))][::-1]
+) -> pd.DataFrame:        # repeat, forgotten (layers, head first), layer, image, spearman, ssim
+    "Cascading randomization (Adebayo et al. 2018): explained again while layers are forgotten."
+    own = [(n, m) for n, m in model.named_modules()
+           if any(True for _ in m.parameters(recurse=False))][::-1]
     original, rows = explain(model, pixels, None, layer, method), []
     for r in range(repeats):
         with _kept(model), torch.random.fork_rng():
@@ -360,10 +422,12 @@ def randomization_check(
             forgotten = 0
             for n, m in own:
                 m.reset_parameters()
-                if not isinstance(m, (nn.Conv2d, nn.Linear)): continue  # a normalization is forgotten with the convolution it follows
+                if not isinstance(m, (nn.Conv2d, nn.Linear)): continue  # normalization
                 forgotten += 1
-                rank, ssim = similarity(original, explain(model, pixels, original.classes, layer, method))
-                rows += [dict(repeat=r, forgotten=forgotten, layer=n, image=i, spearman=a, ssim=b) for i, (a, b) in enumerate(zip(rank, ssim))]
+                maps = explain(model, pixels, original.classes, layer, method)
+                rank, ssim = similarity(original, maps)
+                rows += [dict(repeat=r, forgotten=forgotten, layer=n, image=i, spearman=a, ssim=b)
+                         for i, (a, b) in enumerate(zip(rank, ssim))]
     return pd.DataFrame(rows)
 
 # %% ../nbs/06_gradcam.ipynb #a03538ed
@@ -372,9 +436,10 @@ def marker_datasets(
     n: int = 800,        # training images, validation included
     size: int = 128,     # pixels
     seed: int = 0,
-) -> list[Dataset]:      # one per correlation; splits train, validation, test; test is exposed as train is
+) -> list[Dataset]:      # one per correlation; test is exposed as train is
     "Phantoms with a letter in the corner, the same children in each set; kept in the cache folder."
-    roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}-{generator()}' for phi in correlations}
+    roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}-{generator()}'
+             for phi in correlations}
     marked = {root: phi for phi, root in roots.items()}
     write_marked(marked, n_train=n, n_val=2, n_test=max(40, n // 4), seed=seed, test_shift=0.)
     sets = []
@@ -388,7 +453,7 @@ def marker_datasets(
 def marker_boxes(
     n: int, size: int,
 ) -> np.ndarray:  # (n,size,size) bool
-    "Where `cxr_lab.phantom` puts its letter, and one step of the coarse map around it: the upper left corner, a quarter of the width, 0.36 of the height."
+    "Where `cxr_lab.phantom` puts its letter, and one step of the coarse map around it."
     box = np.zeros((n, size, size), bool)
     box[:, :round(.36 * size), :round(.25 * size)] = True
     return box
@@ -398,7 +463,8 @@ def pointing_game(
     maps: np.ndarray,   # (N,H,W)
     masks: np.ndarray,  # (N,H,W) bool
 ) -> np.ndarray:        # (N,) bool
-    "Whether the map's highest point lies in the mask (Zhang et al. 2016); an all-zero map never hits."
-    if maps.shape != masks.shape: raise ValueError(f'maps {maps.shape} and masks {masks.shape} must have the same shape')
+    "Whether a map's highest point lies in the mask (Zhang et al. 2016); a zero map never hits."
+    if maps.shape != masks.shape:
+        raise ValueError(f'maps {maps.shape} and masks {masks.shape} must have the same shape')
     flat = maps.reshape(len(maps), -1)
     return masks.reshape(len(masks), -1)[np.arange(len(flat)), flat.argmax(1)] & flat.any(1)

@@ -14,7 +14,8 @@ import numpy as np
 from .gradcam import overlay, scale_map
 
 # %% ../nbs/08_masked.ipynb #6bf3ce85
-VIEWS = {'crop': "crop to the lungs' box", 'lungs': 'lungs only', 'removed': 'lungs removed', 'silhouette': 'silhouette'}
+VIEWS = {'crop': "crop to the lungs' box", 'lungs': 'lungs only', 'removed': 'lungs removed',
+         'silhouette': 'silhouette'}
 
 def look(
     image: np.ndarray,     # (H,W) uint8
@@ -22,16 +23,19 @@ def look(
     view: str,             # a key of VIEWS
     margin: float = .03,   # dilation of the mask, share of the width
 ) -> np.ndarray:           # (H,W) uint8
-    "One image as one of the experiments sees it; `ValueError` for an empty mask, because a black image must never be trained on."
+    "One image as an experiment sees it; `ValueError` for an empty mask: nobody trains on black."
     if view not in VIEWS: raise ValueError(f'unknown view {view!r}; known: {", ".join(VIEWS)}')
-    if image.shape != mask.shape: raise ValueError(f'image {image.shape} and mask {mask.shape} have different sizes')
+    if image.shape != mask.shape:
+        raise ValueError(f'image {image.shape} and mask {mask.shape} have different sizes')
     if not mask.any(): raise ValueError('the mask is empty')
     if view == 'silhouette': return mask.astype(np.uint8) * 255
     radius = round(margin * image.shape[1])
-    grown = cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2))
+    grown = cv2.dilate(mask.astype(np.uint8), cv2.getStructuringElement(
+        cv2.MORPH_ELLIPSE, (2 * radius + 1,) * 2))
     if view == 'crop':
         x, y, w, h = cv2.boundingRect(grown)
-        return cv2.resize(image[y:y + h, x:x + w], image.shape[::-1], interpolation=cv2.INTER_LINEAR)
+        return cv2.resize(image[y:y + h, x:x + w], image.shape[::-1],
+                          interpolation=cv2.INTER_LINEAR)
     return np.where((grown > 0) == (view == 'lungs'), image, 0).astype(np.uint8)
 
 def look_at_all(
@@ -44,10 +48,13 @@ def look_at_all(
     "All images as one of the experiments sees them: no image is left out."
     if len(pixels) != len(masks): raise ValueError(f'{len(pixels)} images and {len(masks)} masks')
     def one(i):
-        try: seen = look(np.asarray(pixels[i, 0]), np.asarray(masks[i, 0]).astype(bool), view, margin)
+        try:
+            seen = look(np.asarray(pixels[i, 0]), np.asarray(masks[i, 0]).astype(bool), view,
+                        margin)
         except ValueError as e: raise ValueError(f'image {i}: {e}') from e
         return cv2.resize(seen, (size, size), interpolation=cv2.INTER_AREA)
-    with ThreadPoolExecutor() as pool: return np.stack(list(pool.map(one, range(len(pixels)))))[:, None]
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(pool.map(one, range(len(pixels)))))[:, None]
 
 # %% ../nbs/08_masked.ipynb #26db826d
 def show_side_by_side(
@@ -55,15 +62,20 @@ def show_side_by_side(
     models,       # names of the models, one per column
     suptitle: str = '',
 ):
-    "A row per image, a pair of columns per model: its input, and its map laid over it; returns the figure."
+    "A row per image, two columns per model: its input, its map laid over it; returns the figure."
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(len(rows), 2 * len(models), figsize=(2.15 * 2 * len(models), 2.4 * len(rows)), dpi=80, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(len(rows), 2 * len(models),
+                            figsize=(2.15 * 2 * len(models), 2.4 * len(rows)), dpi=80,
+                            squeeze=False, layout='constrained')
     for line, (title, cells) in zip(axs, rows):
         for j, (pixels, heat, caption) in enumerate(cells):
             a, b = line[2 * j:2 * j + 2]
-            a.imshow(pixels, cmap='gray', vmin=0, vmax=255); b.imshow(overlay(pixels, scale_map(heat)))
-            a.set_title(title if j == 0 else models[j], fontsize=8, loc='left'); b.set_title(caption, fontsize=8, loc='left')
-            if not heat.any(): b.text(.5, .5, 'all-zero map', color='white', ha='center', transform=b.transAxes)
+            a.imshow(pixels, cmap='gray', vmin=0, vmax=255)
+            b.imshow(overlay(pixels, scale_map(heat)))
+            a.set_title(title if j == 0 else models[j], fontsize=8, loc='left')
+            b.set_title(caption, fontsize=8, loc='left')
+            if not heat.any():
+                b.text(.5, .5, 'all-zero map', color='white', ha='center', transform=b.transAxes)
             for ax in (a, b): ax.axis('off')
     fig.suptitle(suptitle, fontsize=11)
     return fig

@@ -26,11 +26,13 @@ def build_unet(
     widths: tuple = (16, 24, 48, 96, 128),  # channels at half the size, a quarter, ...
 ):                    # keras.Model, (N,size,size,1) float -> (N,size,size,1), probability of lung
     "A U-Net with a strided stem; skips are added."
-    if size % 2 ** len(widths): raise ValueError(f'size={size} cannot be halved {len(widths)} times')
+    if size % 2 ** len(widths):
+        raise ValueError(f'size={size} cannot be halved {len(widths)} times')
     keras = import_keras()
     L = keras.layers
     def conv(x, width, kernel=3, stride=1):
-        x = L.Conv2D(width, kernel, strides=stride, padding='same', use_bias=False, kernel_initializer='he_normal')(x)
+        x = L.Conv2D(width, kernel, strides=stride, padding='same', use_bias=False,
+                     kernel_initializer='he_normal')(x)
         return L.ReLU()(L.BatchNormalization(momentum=.98)(x))
     image = keras.Input((size, size, 1))
     levels = [conv(image, widths[0], 5, 2)]
@@ -51,53 +53,80 @@ def vary_position(
     rng: np.random.Generator,
     strength: float = 1.,
 ) -> tuple[np.ndarray, np.ndarray]:  # the same, moved together
-    "At full strength turned up to 15 degrees, scaled 0.72 to 1.22 and, apart in width and height, by 0.86 to 1.16, sheared, shifted."
+    "Turned by up to 15 degrees, scaled 0.72 to 1.22, width and height apart too, sheared, shifted."
     s = len(image)
     zoom = np.exp(strength * _between(rng, np.log(.72), np.log(1.22)))
     wide, high = zoom * np.exp(strength * rng.uniform(-.15, .15, 2))
     a, shear = strength * np.deg2rad(_between(rng, -15, 15)), strength * _between(rng, -.08, .08)
-    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]) @ np.array([[wide, shear], [0, high]])
+    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    turn = turn @ np.array([[wide, shear], [0, high]])
     center = np.array([s, s]) / 2
     M = np.c_[turn, center + strength * rng.uniform(-.09, .09, 2) * s - turn @ center]
-    edge = dict(borderMode=cv2.BORDER_REPLICATE) if rng.random() < .6 else dict(borderMode=cv2.BORDER_CONSTANT, borderValue=int(rng.choice([0, 0, 20, 255])))
-    return cv2.warpAffine(image, M, (s, s), flags=cv2.INTER_LINEAR, **edge), cv2.warpAffine(outline.astype(np.uint8) * 255, M, (s, s), flags=cv2.INTER_LINEAR) > 127
+    edge = dict(borderMode=cv2.BORDER_REPLICATE)
+    if rng.random() >= .6:
+        edge = dict(borderMode=cv2.BORDER_CONSTANT, borderValue=int(rng.choice([0, 0, 20, 255])))
+    moved = cv2.warpAffine(outline.astype(np.uint8) * 255, M, (s, s), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(image, M, (s, s), flags=cv2.INTER_LINEAR, **edge), moved > 127
 
 # %% ../nbs/07_segment.ipynb #810588ef
 def _patch(rng, s, center, low, high):
     "(s,s) float32, 0 to 1: a soft ellipse with axes of low to high times the side."
     canvas = np.zeros((64, 64), np.float32)
     axes = np.maximum(1, rng.uniform(low, high, 2) * 64).astype(int)
-    cv2.ellipse(canvas, (int(center[1] * 64 / s), int(center[0] * 64 / s)), (int(axes[0]), int(axes[1])), _between(rng, 0, 180), 0, 360, 1, -1)
-    return cv2.resize(cv2.GaussianBlur(canvas, (0, 0), _between(rng, .5, 4)), (s, s), interpolation=cv2.INTER_LINEAR)
+    cv2.ellipse(canvas, (int(center[1] * 64 / s), int(center[0] * 64 / s)),
+                (int(axes[0]), int(axes[1])), _between(rng, 0, 180), 0, 360, 1, -1)
+    return cv2.resize(cv2.GaussianBlur(canvas, (0, 0), _between(rng, .5, 4)), (s, s),
+                      interpolation=cv2.INTER_LINEAR)
 
-def add_opacities(x: np.ndarray, outline: np.ndarray, rng: np.random.Generator, strength: float = 1.) -> np.ndarray:  # (S,S) float32, 0 to 1
-    "White patches in the lungs of every other image, as a consolidation or an effusion would make them."
+def add_opacities(
+    x: np.ndarray,        # (S,S) float32, 0 to 1
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> np.ndarray:          # as x
+    "White patches in the lungs of every other image, as of a consolidation or an effusion."
     inside = np.flatnonzero(outline)
     if len(inside) and rng.random() < .45 * strength:
         for _ in range(rng.integers(1, 4)):
             center = divmod(int(rng.choice(inside)), len(x))
             patch = _patch(rng, len(x), center, *((.12, .3) if rng.random() < .25 else (.03, .14)))
-            x = x + patch * _between(rng, .3, .95) * (float(np.quantile(x[::4, ::4], _between(rng, .55, .95))) - x)
+            dense = _between(rng, .3, .95)
+            white = float(np.quantile(x[::4, ::4], _between(rng, .55, .95)))
+            x = x + patch * dense * (white - x)
     return x
 
-def vary_exposure(x: np.ndarray, rng: np.random.Generator, strength: float = 1.) -> np.ndarray:  # (S,S) float32, 0 to 1 -> not limited
-    "Film curve, haze, contrast, brightness, sharpness, noise; sometimes histogram-equalized, as some archives store their images."
+def vary_exposure(
+    x: np.ndarray,        # (S,S) float32, 0 to 1
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> np.ndarray:          # not limited to 0 to 1
+    "Film curve, haze, contrast, brightness, sharpness, noise; sometimes histogram-equalized."
     s = len(x)
     def as_bytes(): return (x.clip(0, 1) * 255).astype(np.uint8)
     if rng.random() < .08 * strength: x = cv2.equalizeHist(as_bytes()).astype(np.float32) / 255
-    elif rng.random() < .1 * strength: x = cv2.createCLAHE(_between(rng, 1, 4), (8, 8)).apply(as_bytes()).astype(np.float32) / 255
+    elif rng.random() < .1 * strength:
+        x = cv2.createCLAHE(_between(rng, 1, 4), (8, 8)).apply(as_bytes()).astype(np.float32) / 255
     x = x.clip(1e-4, 1) ** np.exp(strength * _between(rng, -.7, .7))
     if rng.random() < .6:
         n = int(rng.integers(2, 6))
-        x = x + strength * _between(rng, 0, .16) * cv2.resize(rng.normal(0, 1, (n, n)).astype(np.float32), (s, s), interpolation=cv2.INTER_CUBIC)
+        x = x + strength * _between(rng, 0, .16) * cv2.resize(
+            rng.normal(0, 1, (n, n)).astype(np.float32), (s, s), interpolation=cv2.INTER_CUBIC)
     mean = float(x.mean())
-    x = (x - mean) * np.exp(strength * _between(rng, -1.2, .4)) + mean + strength * _between(rng, -.2, .2)
+    contrast = np.exp(strength * _between(rng, -1.2, .4))
+    x = (x - mean) * contrast + mean + strength * _between(rng, -.2, .2)
     if rng.random() < .3 * strength: x = cv2.GaussianBlur(x, (0, 0), _between(rng, .4, 1.8))
-    elif rng.random() < .2 * strength: x = x + _between(rng, .3, 1.5) * (x - cv2.GaussianBlur(x, (0, 0), _between(rng, .8, 2.5)))
-    if rng.random() < .6: x = x + strength * _between(rng, 0, .06) * rng.standard_normal(x.shape, np.float32)
+    elif rng.random() < .2 * strength:
+        x = x + _between(rng, .3, 1.5) * (x - cv2.GaussianBlur(x, (0, 0), _between(rng, .8, 2.5)))
+    if rng.random() < .6:
+        x = x + strength * _between(rng, 0, .06) * rng.standard_normal(x.shape, np.float32)
     return x
 
-def add_clutter(x: np.ndarray, outline: np.ndarray, rng: np.random.Generator, strength: float = 1.) -> tuple[np.ndarray, np.ndarray]:
+def add_clutter(
+    x: np.ndarray,        # (S,S) float32
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> tuple[np.ndarray, np.ndarray]:  # the same kinds
     "Cables, a label, collimation; what collimation hides is no longer in the outline."
     s = len(x)
     if rng.random() < .25 * strength:
@@ -105,7 +134,8 @@ def add_clutter(x: np.ndarray, outline: np.ndarray, rng: np.random.Generator, st
             p, t = rng.uniform(0, 1, (3, 2)) * s, np.linspace(0, 1, 24)[:, None]
             curve = ((1 - t)**2 * p[0] + 2 * t * (1 - t) * p[1] + t**2 * p[2]).astype(np.int32)
             x = np.ascontiguousarray(x)
-            cv2.polylines(x, [curve], False, _between(rng, .6, 1), int(rng.integers(1, 3)), cv2.LINE_AA)
+            cv2.polylines(x, [curve], False, _between(rng, .6, 1), int(rng.integers(1, 3)),
+                          cv2.LINE_AA)
     if rng.random() < .25 * strength:
         (top, left), (h, w) = rng.integers(0, s, 2), rng.integers(s // 30, s // 8, 2)
         x[top:top + h, left:left + w] = _between(rng, 0, 1)
@@ -113,7 +143,8 @@ def add_clutter(x: np.ndarray, outline: np.ndarray, rng: np.random.Generator, st
         t, b, l, r = (rng.uniform(0, .14, 4) * (rng.random(4) < .6) * s).astype(int)
         field = np.zeros(x.shape, bool)
         field[t:s - b, l:s - r] = True
-        x, outline = np.where(field, x, _between(rng, 0, .15) if rng.random() < .8 else 1.), outline & field
+        frame = _between(rng, 0, .15) if rng.random() < .8 else 1.
+        x, outline = np.where(field, x, frame), outline & field
     return x, outline
 
 def vary(
@@ -137,10 +168,13 @@ def batches(
     settle: bool = False,  # three of four images are varied at a quarter of the strength
     workers: int = 2,      # threads
 ):
-    "Yields ((B,S,S,1) float32 prepared images, (B,S,S,1) float32 outlines), in an order of their own in each epoch; an incomplete last batch is left out."
-    order = np.random.default_rng([seed, epoch]).permutation(rows)[:len(rows) // batch_size * batch_size]
+    "Yields prepared images and outlines, (B,S,S,1) float32, in another order in each epoch."
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    order = order[:len(rows) // batch_size * batch_size]  # no incomplete batch
     def one(i):
-        image, outline = vary(np.array(pixels[order[i], 0]), outlines[order[i]], np.random.default_rng([seed, epoch, i]), .25 if settle and i % 4 else 1.)
+        rng, strength = np.random.default_rng([seed, epoch, i]), .25 if settle and i % 4 else 1.
+        image, outline = np.array(pixels[order[i], 0]), outlines[order[i]]
+        image, outline = vary(image, outline, rng, strength)
         return prepare(image[None, None], outlines.size)[0], outline[..., None]
     def batch(first):
         xs, ys = zip(*map(one, range(first, first + batch_size)))
@@ -158,7 +192,9 @@ def batches(
 # %% ../nbs/07_segment.ipynb #2bd58d01
 def _overlap(a, b):
     a, b = np.asarray(a), np.asarray(b)
-    if a.shape != b.shape or a.dtype != bool or b.dtype != bool: raise ValueError(f'two masks of the same shape, bool: found {a.shape} {a.dtype} and {b.shape} {b.dtype}')
+    if a.shape != b.shape or a.dtype != bool or b.dtype != bool:
+        raise ValueError(
+            f'two masks of the same shape, bool: found {a.shape} {a.dtype} and {b.shape} {b.dtype}')
     return (a & b).sum((-2, -1)), a.sum((-2, -1)) + b.sum((-2, -1))
 
 def dice(
@@ -180,7 +216,8 @@ def outline_loss(y, p):  # (B,S,S,1) float: outlines, probabilities -> (B,)
     "1 - soft Dice + mean binary cross-entropy."
     keras = import_keras()
     ops = keras.ops
-    overlap = (2 * ops.sum(y * p, (1, 2, 3)) + 1) / (ops.sum(y, (1, 2, 3)) + ops.sum(p, (1, 2, 3)) + 1)
+    overlap = (2 * ops.sum(y * p, (1, 2, 3)) + 1) / (
+        ops.sum(y, (1, 2, 3)) + ops.sum(p, (1, 2, 3)) + 1)
     return 1 - overlap + ops.mean(keras.losses.binary_crossentropy(y, p), (1, 2))
 
 # %% ../nbs/07_segment.ipynb #c7b698d4
@@ -213,7 +250,11 @@ def one_pass(
     return float(np.mean([float(network.train_on_batch(x, y)) for x, y in shown]))
 
 # %% ../nbs/07_segment.ipynb #f2fc1ad2
-def watch(network, pixels: np.ndarray, outlines: np.ndarray) -> dict:  # (N,1,S,S) uint8, (N,S,S) bool
+def watch(
+    network,               # of start_unet
+    pixels: np.ndarray,    # (N,1,S,S) uint8
+    outlines: np.ndarray,  # (N,S,S) bool
+) -> dict:
     "Dice on patients who are only watched: mean, and the 5th percentile."
     if not len(pixels): return dict(dice=0., dice_p5=0.)
     segmenter = Segmenter(network, prepare=partial(prepare, size=network.input_shape[1]))
@@ -228,7 +269,8 @@ def plot_training(history: pd.DataFrame, title: str = ''):  # of train_unet
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
     axs[0].plot(history.epoch + 1, history.loss, 'o-', color='#666666', ms=3)
     axs[0].set(ylabel='loss, on varied images', ylim=(0, None))
-    for column, name, style in (('dice', 'mean', '-'), ('dice_p5', '5th percentile', '--')): axs[1].plot(history.epoch + 1, history[column], style, color='#009E73', label=name)
+    for column, name, style in (('dice', 'mean', '-'), ('dice_p5', '5th percentile', '--')):
+        axs[1].plot(history.epoch + 1, history[column], style, color='#009E73', label=name)
     axs[1].set(ylabel='Dice, held-out patients', ylim=(None, 1)); axs[1].legend()
     for ax in axs: ax.set_xlabel('pass'); ax.xaxis.get_major_locator().set_params(integer=True)
     fig.suptitle(title)
@@ -244,9 +286,16 @@ def outline_overlap(
 ) -> pd.DataFrame:        # n rows: path, label, dice, iou
     "How well masks agree with outlines."
     pairs = [(masks[i], outlines[r]) for i, r in enumerate(rows)]
-    return index.iloc[rows][['path', 'label']].assign(dice=[float(dice(*p)) for p in pairs], iou=[float(iou(*p)) for p in pairs])
+    found = index.iloc[rows][['path', 'label']]
+    return found.assign(dice=[float(dice(*p)) for p in pairs], iou=[float(iou(*p)) for p in pairs])
 
-def overlap_scores(table: pd.DataFrame) -> dict:  # of outline_overlap -> dice_mean, dice_p5, dice_NORMAL, ...
+def overlap_scores(
+    table: pd.DataFrame,  # of outline_overlap
+) -> dict:                # n_held_out, dice_mean, dice_p5, dice_min, dice_NORMAL, ..., iou_mean
     "Means, and the 5th percentile: the agreement that 95 of 100 images exceed."
-    by_class = {f'dice_{name}': float(t.dice.mean()) if len(t := table[table.label == label]) else None for label, name in enumerate(CLASSES)}
-    return {'n_held_out': len(table), 'dice_mean': float(table.dice.mean()), 'dice_p5': float(table.dice.quantile(.05)), 'dice_min': float(table.dice.min()), **by_class, 'iou_mean': float(table.iou.mean())} if len(table) else {'n_held_out': 0}
+    if not len(table): return {'n_held_out': 0}
+    by_class = {f'dice_{name}': float(t.dice.mean()) if len(t := table[table.label == label])
+                else None for label, name in enumerate(CLASSES)}
+    return {'n_held_out': len(table), 'dice_mean': float(table.dice.mean()),
+            'dice_p5': float(table.dice.quantile(.05)), 'dice_min': float(table.dice.min()),
+            **by_class, 'iou_mean': float(table.iou.mean())}
