@@ -18,7 +18,7 @@ CIRCLES_OPEN = set()
 PRIVATE_OPEN = set()  # module, where the name is from, name
 TWICE_OPEN = {'CELLS': {'gradcam', 'kept'}, 'expose': {'augment', 'phantom'}}
 WIDE_OPEN = {  # notebooks with code lines that are too long
-    '06_gradcam', '07_segment', '08_masked', 'lab/lungs', 'lab/phantom', 'lab/reference'}
+    'lab/phantom'}
 
 
 # What the text says
