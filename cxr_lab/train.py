@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SPLIT_COLORS', 'SPLIT_NAMES', 'class_weights', 'weighted_loss', 'adamw', 'one_cycle', 'running_average',
-           'judge', 'plot_histories', 'test_table', 'plot_test']
+           'judge', 'plot_histories', 'test_table', 'plot_test', 'magnify', 'stretch', 'turn_knob', 'plot_knob']
 
 # %% ../nbs/03_train.ipynb #3e044e71
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from torch import nn
 
 from .data import COLORS
 from .model import build_model
+from .networks import predict
 from .runs import CLASSES
 from .scores import (METRICS, calibration_error, choose_threshold, intervals, mean_sd,
                             score)
@@ -166,3 +168,43 @@ def plot_test(
     fig.suptitle(title)
     for ax in axs[2:]: sns.despine(ax=ax)
     return fig
+
+# %% ../nbs/03_train.ipynb #puzz003
+def magnify(image, wide, high):  # (H,W) uint8; factors -> (H,W) uint8
+    "The content that many times as wide and as high, about the middle; edges are repeated."
+    h, w = image.shape
+    matrix = [[wide, 0, (1 - wide) * (w - 1) / 2], [0, high, (1 - high) * (h - 1) / 2]]
+    return cv2.warpAffine(image, np.float32(matrix), (w, h), borderMode=cv2.BORDER_REPLICATE)
+
+def stretch(
+    images: np.ndarray,  # (N,1,H,W) uint8
+    factor,              # of width / height; one number, or (N,)
+) -> np.ndarray:         # (N,1,H,W) uint8
+    "Images of another proportion; the area stays the same."
+    root = np.broadcast_to(np.sqrt(factor), len(images))
+    return np.stack([magnify(x[0], f, 1 / f)[None] for x, f in zip(images, root)])
+
+# %% ../nbs/03_train.ipynb #puzz008
+def turn_knob(
+    networks: list,
+    images: np.ndarray, labels: np.ndarray,  # (N,1,H,W) uint8; (N,) 0 or 1
+    change,              # (images, factor) -> images
+    factors,
+) -> pd.DataFrame:       # a row per factor and network: factor, network, and `score` at 0.5
+    "How networks judge images that are changed more and more."
+    told = []
+    for factor in factors:
+        changed = change(images, factor)
+        told += [dict(factor=factor, network=i, **score(labels, predict(network, changed)))
+                 for i, network in enumerate(networks)]
+    return pd.DataFrame(told)
+
+def plot_knob(ax, knob: pd.DataFrame, title: str, what: str):
+    "Specificity and recall against the factor: thin lines are networks, thick ones their mean."
+    for measure, name in (('specificity', 'NORMAL'), ('recall', 'PNEUMONIA')):
+        for _, one in knob.groupby('network'):
+            ax.plot(one.factor, one[measure], color=COLORS[name], lw=.8, alpha=.5)
+        mean = knob.groupby('factor')[measure].mean()
+        ax.plot(mean.index, mean, 'o-', color=COLORS[name], lw=2, label=f'{name}: {measure}')
+    ax.axvline(1, color='gray', ls=':')
+    ax.set(title=title, xlabel=what, ylim=(-.03, 1.03))

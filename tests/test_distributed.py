@@ -266,7 +266,7 @@ def test_two_machines_train_what_one_trains(shared, seed):
 def test_lesson_by_parameters_only(tmp_path):
     "Lesson 03 in a Jupyter kernel that has computed with threads before, on two processes."
     params = dict(phantoms=160, image_size=64, epochs=2, seeds=2, batch_size=16, trainer='accelerator=cpu devices=2')
-    code = f'from cxr_lab.pipeline import run_pipeline; run_pipeline(["00_data", "03_train"], {str(tmp_path/"run")!r}, params={params!r})'
+    code = f'from cxr_lab.pipeline import run_pipeline; run_pipeline(["00_data", "01_explore", "03_train"], {str(tmp_path/"run")!r}, params={params!r})'
     process = subprocess.Popen([sys.executable, '-c', code], env=os.environ | {'OMP_NUM_THREADS': '2'}, start_new_session=True)
     try: assert process.wait(900) == 0
     except subprocess.TimeoutExpired:

@@ -42,7 +42,7 @@ def studied(once, repo):
     def make(folder):
         copy_checkout(repo, folder)
         first = '00_data', '03_train', '04_augment', '07_segment'
-        run(folder, *first, *options(*first))
+        run(folder, *first, '01_explore', *options(*first))
         stand_in_for_lesson_06(folder/'runs/default')
         run(folder, '08_masked', *options('08_masked'))
     return once('studied', make)

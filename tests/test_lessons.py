@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -187,6 +188,13 @@ def check_run(run, kind, seeds, lessons, ablation=True):
                 assert row['threshold'] == threshold and row['n'] == len(t)
                 for k, v in score(t.label, t.probability, threshold).items(): assert row[k] is v is None or row[k] == pytest.approx(v, abs=1e-6), (experiment, s, rule, k)
     for notebook in ('03_train', '04_augment'): assert (run/notebook/'predictions.csv').read_bytes() == (run/notebook/f'seed_{seeds[0]}'/'predictions.csv').read_bytes()
+    chests = pd.read_csv(run/'01_explore'/'proportions.csv')
+    assert list(chests) == ['path', 'proportion', 'width', 'height'] and list(chests.path) == paths
+    assert np.allclose(chests.proportion, chests.width / chests.height) and chests[['width', 'height']].max().max() <= 1
+    measured, probed = (read_metrics(run/n/'metrics.json') for n in ('01_explore', '03_train'))
+    assert {f'proportion_auroc_{s}' for s in ('train', 'validation', 'test')} <= set(measured)
+    assert probed['proportion_unchanged_auroc'] == pytest.approx(np.mean([rows['baseline', s, '0.5']['auroc'] for s in seeds]), abs=.02)
+    assert {'stretched_80_specificity', 'stretched_125_recall', 'proportion_own_class_auroc', 'gap_auroc_one_box'} <= set(probed)
     compare = read_metrics(run/'05_compare'/'metrics.json')
     for k in ('f1', 'accuracy', 'auroc'):
         for letter, experiment in (('a', 'baseline'), ('b', 'augmented')): assert compare[f'{k}_{letter}'] == pytest.approx(np.mean([rows[experiment, s, '0.5'][k] for s in seeds]), abs=1e-6)
@@ -225,7 +233,7 @@ def test_the_quick_study_on_phantoms(tmp_path): check_study(tmp_path)
 def test_forty_one_training_images_are_enough(tmp_path):
     "They do not fill 32 batches: the smallest batches are taken, as the comment of `batch_size` says."
     sizes = dict(phantoms=48, image_size=64, epochs=1, seeds=1)
-    done = cli('run', '00', '03', *(part for k, v in sizes.items() for part in ('-p', f'{k}={v}')), cwd=tmp_path)
+    done = cli('run', '00', '01', '03', *(part for k, v in sizes.items() for part in ('-p', f'{k}={v}')), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path/'runs'/'default'
     assert read_metrics(run/'00_data'/'metrics.json')['n_train'] == 41

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
+from cxr_lab import train
 from cxr_lab.scores import METRICS, choose_threshold, intervals, score
 from cxr_lab.train import (PARTS, adamw, class_weights, judge, one_cycle, running_average,
                            test_table as tabulate, weighted_loss)
@@ -78,3 +79,51 @@ def test_the_judge_says_what_scikit_learn_says():
     assert all(metrics[f'test_{k}'] == v for k, v in at_half.items())
 
 def test_the_parts_are_named(): assert repr(PARTS).startswith('Parts(build_model, weighted_loss, adamw')
+
+
+# The knob of the puzzle
+
+def disk(size=64, radius=12):
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    return (255 * (x**2 + y**2 < radius**2)).astype(np.uint8)[None, None]
+
+def extent(image):
+    "Width and height of what is bright."
+    bright = image[0] > 127
+    return np.array([np.ptp(bright.any(axis).nonzero()[0]) + 1 for axis in (0, 1)])
+
+@pytest.mark.parametrize('factor', [.64, .9, 1.2, 1.5625])
+def test_stretching_changes_the_proportion_and_not_the_area(factor):
+    before, after = extent(disk()[0]), extent(train.stretch(disk(), factor)[0])
+    assert after == pytest.approx(before * [factor**.5, factor**-.5], abs=1)
+
+def test_each_image_is_stretched_by_its_own_factor_and_by_1_not_at_all():
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 40, 40), np.uint8)
+    assert np.array_equal(train.stretch(images, 1), images)
+    mixed = train.stretch(images, np.array([1, .8, 1.3]))
+    assert np.array_equal(mixed[0], images[0]) and mixed.dtype == np.uint8
+    for i, factor in ((1, .8), (2, 1.3)): assert np.array_equal(mixed[i], train.stretch(images[i:i + 1], factor)[0])
+
+def test_what_comes_in_at_an_edge_repeats_it():
+    image = np.tile(np.arange(100, 164, dtype=np.uint8), (64, 1))
+    small = train.magnify(image, .5, .5)
+    assert (small[:, :10] == 100).all() and (small[:, -10:] == 163).all() and abs(int(small[32, 32]) - 132) <= 1
+
+def test_the_knob_scores_every_network_at_every_factor():
+    class Bright(torch.nn.Module):
+        "Ill if the middle column of the image is mostly bright."
+        def __init__(self, least):
+            super().__init__()
+            self.least = torch.nn.Parameter(torch.tensor(least))
+        def forward(self, x):
+            score = 50 * (x[:, 0, :, x.shape[3] // 2].mean(1) - self.least)
+            return torch.stack([-score, score], 1)
+    images, labels = np.concatenate([disk(radius=8), disk(radius=20)]), np.array([0, 1])
+    knob = train.turn_knob([Bright(.5), Bright(.1)], images, labels, train.stretch, (.5, 1))
+    assert knob.factor.tolist() == [.5, .5, 1, 1] and knob.network.tolist() == [0, 1, 0, 1]
+    assert knob.recall.tolist() == [1, 1, 1, 1] and knob.specificity.tolist() == [1, 0, 1, 0]
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    train.plot_knob(ax, knob, 'title', 'factor')
+    assert [t.get_text() for t in ax.legend().get_texts()] == ['NORMAL: specificity', 'PNEUMONIA: recall']
+    plt.close(fig)
