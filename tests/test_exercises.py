@@ -72,16 +72,18 @@ EXPOSE = """x = expose(x, (p * _between(n, -.7, .7, x)).exp(), (p * _between(n, 
 IMPORTED = 'from cxr_lab.lungs import prepare'
 PLAIN = ('return np.stack([cv2.resize(i, (size, size)) for i in pixels[:, 0]])[..., None]'
          ' / np.float32(255)')
-BY_HAND = ('assert np.abs(prepare(image[None, None], size)[0, ..., 0] - by_hand.clip(-.5, 1.5))'
-           ".max() < .02, 'the same as by hand'\n")
+BY_HAND = """assert np.abs(prepare(image[None, None], size)[0, ..., 0] - by_hand.clip(-.5, 1.5)).max() < .02, (
+    'the same as by hand')
+"""
 EXPOSURE = "assert np.abs(x - x[1]).mean() < .05, 'the exposure should be gone'\n"
-BLANK = ('assert not prepare(np.full((1, 1, 64, 64), 200, np.uint8), 32).any(), '
-         "'a blank image has nothing to scale'\n")
+BLANK = """assert not prepare(np.full((1, 1, 64, 64), 200, np.uint8), 32).any(), (
+    'a blank image has nothing to scale')
+"""
 STRESS = ("assert stress['mean'].min() > .5, "
           "'a change that leaves the lungs visible must not lose them'")
-WHOLE = ("assert np.array_equal(look(fine[i, 0], m, 'lungs', margin) + "
-         "look(fine[i, 0], m, 'removed', margin), fine[i, 0]), "
-         "'lungs and the rest are the whole'\n")
+WHOLE = """assert np.array_equal(look(fine[i, 0], m, 'lungs', margin) + look(fine[i, 0], m, 'removed', margin),
+                      fine[i, 0]), 'lungs and the rest are the whole'
+"""
 BLACK = ("assert (look(fine[i, 0], m, 'removed', margin)[m] == 0).all(), "
          "'nothing of the lungs is left'\n")
 
@@ -89,7 +91,9 @@ def for_all(text):
     "Draws for each image become one draw for the batch."
     return text.replace('_between(n, ', '_between(1, ').replace('((n, 2), ', '((1, 2), ')
 
-def message(check): return check.rpartition(', ')[2].strip().strip("'")
+def message(check):
+    "What an assertion says when it fails: the last text in it."
+    return re.findall(r"'([^']*)'", check)[-1]
 
 EXERCISES = [
     Exercise('03_train', 1, [(WEIGHTS, 'torch.ones(2)')],

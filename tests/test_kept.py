@@ -198,7 +198,9 @@ def test_a_mutation_of_any_definition_that_a_training_uses_is_seen(package):
             lines = text.splitlines(keepends=True)
             last = node.body[-1]
             one_line = last.lineno == node.lineno
-            if one_line: lines[node.lineno - 1] = lines[node.lineno - 1].rstrip('\n') + '; mutated = 1\n'
+            if one_line:  # behind the statement, not behind a comment that ends the line
+                whole, end = lines[last.end_lineno - 1].encode(), last.end_col_offset  # counted in bytes
+                lines[last.end_lineno - 1] = (whole[:end] + b'; mutated = 1' + whole[end:]).decode()
             else: lines.insert(last.lineno - 1 if not getattr(last, 'decorator_list', []) else last.decorator_list[0].lineno - 1, ' ' * last.col_offset + 'mutated = 1\n')
             file.write_text(''.join(lines))
             try: assert name in changed(before, listed(package)), name
