@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
+import cxr_lab
 from .runs import versions
 
 # %% ../nbs/lab/kept.ipynb #a906d2c8
@@ -155,6 +156,14 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_ATOMS, type(...), PurePath, re.Pattern, enum.Enum, range, slice, np.generic)
 _BUILT_IN = (types.BuiltinFunctionType, types.MethodWrapperType, types.MethodDescriptorType)
 
+def _written(o) -> str:
+    """A plain value as text. A file of this package is the same wherever the package lies; and
+    nbdev's libraries give paths another repr as soon as they are imported."""
+    if not isinstance(o, PurePath): return repr(o)
+    package = Path(cxr_lab.__file__).parent
+    if o.is_relative_to(package): o = package.name/o.relative_to(package)
+    return f'path {o.as_posix()}'
+
 def _digest(text) -> str: return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 class _Walk:
@@ -220,7 +229,7 @@ class _Walk:
 
     def value(self, name, o):
         if isinstance(o, _PLAIN):
-            self.add(name, _digest(repr(o)))
+            self.add(name, _digest(_written(o)))
             if isinstance(o, str): self.words.add(o)
         elif isinstance(o, (tuple, list)): self.parts(name, o, list(enumerate(o)))
         elif isinstance(o, (set, frozenset)):

@@ -150,6 +150,18 @@ def test_storing_and_scheduling_are_not_followed(module):
     assert set(code_of(module(text).root)) == {'root'}
 
 
+def test_a_file_of_the_package_is_the_same_wherever_the_package_lies(monkeypatch):
+    import cxr_lab
+    def digest(path): return code_of({'path': path})
+    ours, other = Path(cxr_lab.__file__).parent/'weights/lungs.keras', Path('/elsewhere/cxr_lab')
+    here = digest(ours)
+    assert here != digest(ours.with_suffix('.json')) and here != digest(Path('weights/lungs.keras'))
+    monkeypatch.setattr(cxr_lab, '__file__', str(other/'__init__.py'))
+    assert digest(other/'weights/lungs.keras') == here != digest(ours)
+    monkeypatch.setattr(Path, '__repr__', lambda self: 'another')  # as fastcore does
+    assert digest(other/'weights/lungs.keras') == here
+
+
 # The trainings of the study
 
 LIST = """
