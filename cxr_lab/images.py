@@ -21,7 +21,7 @@ from PIL import Image
 from .cores import cores
 from .films import ASPECTS, FORMATS, open_image, read_file, read_pixels, square
 from .kept import code_of
-from .phantom import generator, write_phantoms
+from .phantom import STUDY, generator, write_phantoms
 from .runs import CLASSES, FOLDERS, atomic_path, progress, resolve_run_dir
 from .stored import cache_dir, stored
 
@@ -182,18 +182,21 @@ def _beside(images, kind):
     masks = {name: images.parent/name for name in names if (images.parent/name).is_dir()}
     return Source(kind, images, **masks)
 
-def _phantoms(n, seed):
+def _phantoms(n, seed, study):
     "Phantoms of the lessons: for 12 training images 5 test images."
-    root = cache_dir()/f'phantoms-{n}-{seed}-{generator()}'
-    return write_phantoms(root, n_train=n, n_test=max(40, n * 5 // 12), seed=seed)
+    like = STUDY if study else {}
+    of = ''.join(f'-{name}-{value:g}' for name, value in like.items())
+    root = cache_dir()/f'phantoms-{n}-{seed}{of}-{generator()}'
+    return write_phantoms(root, n_train=n, n_test=max(40, n * 5 // 12), seed=seed, **like)
 
 def find_data(
     data: str,            # phantom | kermany | pneumoniamnist | path
     phantoms: int = 480,  # training images, if phantoms are to be made
     seed: int = 0,        # of the phantoms
+    study: bool = True,   # phantoms with the clue that the lessons find (phantom.STUDY), or clean
 ) -> Source:
     "The images that `data` names, made or downloaded if need be; `FileNotFoundError` if not there."
-    if data == 'phantom': return _beside(_phantoms(phantoms, seed)/'chest_xray', 'phantom')
+    if data == 'phantom': return _beside(_phantoms(phantoms, seed, study)/'chest_xray', 'phantom')
     if data == 'kermany' and os.environ.get('CXR_LAB_DATA'):
         images = Path(os.environ['CXR_LAB_DATA'])/'chest_xray'
         if images.is_dir(): return _beside(images, 'kermany')

@@ -135,7 +135,7 @@ def phantom_strangers(
     seed: int = 99,  # not the seed of the phantoms that the lessons show
 ) -> np.ndarray:     # (M,1,size,size) uint8
     "Phantoms as the lessons read them: from files."
-    images = find_data('phantom', n, seed).images
+    images = find_data('phantom', n, seed, study=False).images
     index, _ = index_images(images, size=size)
     return np.array(pixel_cache(images, index, size))
 

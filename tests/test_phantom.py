@@ -10,6 +10,7 @@ from PIL import Image
 from cxr_lab import phantom
 from cxr_lab.phantom import (Ellipsoid, Stack, Tubes, View, attenuation, covered, expose, length, make_phantom, mosaic, optical_depth,
                              profile, sample_patient, splat, trace, write_marked, write_phantoms)
+from cxr_lab.runs import read_json
 
 KERMANY = re.compile(r'(person\d+_(?:bacteria|virus))|((?:NORMAL2-)?IM-\d+)')
 SMALL = dict(n_train=16, n_val=4, n_test=8, size=48, seed=7)
@@ -323,6 +324,7 @@ def test_an_empty_folder_is_filled_and_a_foreign_or_damaged_one_refused(tmp_path
     (dict(size=16), 'size is 16, expected a whole number of pixels from 32 to 4096'),
     (dict(test_shift=-.1), 'test_shift is -0.1, expected'), (dict(test_shift=math.nan), 'test_shift is nan'),
     (dict(test_shift=math.inf), 'test_shift is inf'),
+    (dict(film_clue=1.5), 'film_clue is 1.5, expected a number from 0 to 1'), (dict(subtlety=-.1), 'subtlety is -0.1, expected'),
     (dict(workers=0), 'workers is 0, expected None or a whole number from 1'),
     (dict(marker_correlation=1.5), 'marker_correlation is .*, expected None, a number from -1 to 1'),
     (dict(marker_correlation={'train': 1.}), 'one for each of'), (dict(marker_correlation='all'), 'marker_correlation')])
@@ -335,7 +337,8 @@ def test_bad_parameters_of_a_data_set(tmp_path, bad, match):
     (dict(size=8), 'size is 8, expected'), (dict(size=64.), 'size is 64.0'),
     (dict(subtype='fungus'), "subtype is 'fungus'.*expected None, or one of"),
     (dict(label=0, subtype='virus'), 'for label 0'), (dict(shift=-1), 'shift is -1, expected'), (dict(shift=math.nan), 'shift is nan'),
-    (dict(shot=-1), 'shot is -1, expected')])
+    (dict(film=.2), 'film is 0.2, expected a number from 0.5 to 2'), (dict(film=math.nan), 'film is nan'),
+    (dict(subtlety=2), 'subtlety is 2, expected a number from 0 to 1'), (dict(shot=-1), 'shot is -1, expected')])
 def test_bad_parameters_of_a_phantom(bad, match):
     with pytest.raises(ValueError, match=match): make_phantom(**{**dict(seed=0, label=1), **bad})
 
@@ -345,3 +348,76 @@ def test_energies_outside_of_the_table(kev):
 
 def test_knots_must_rise():
     with pytest.raises(ValueError, match='must rise'): profile((0, 1), (5, 2), (5, 3))
+
+# the films' formats
+
+def box(mask):
+    "Width and height of what a mask covers, pixels."
+    across, down = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return np.array([np.ptp(across) + 1, np.ptp(down) + 1])
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp('study')/'phantoms'
+    return write_phantoms(root, n_train=300, n_val=4, n_test=200, size=48, **phantom.STUDY)
+
+def told_by_proportion(root, split):
+    "AUROC of height / width of the lungs' box, which is ground truth, for PNEUMONIA."
+    from sklearn.metrics import roc_auc_score
+    own = [r for r in rows(root) if r['split'] == split]
+    boxes = np.array([box(read((root/'lung_masks'/r['path']).with_suffix('.png'), '1')) for r in own])
+    return roc_auc_score([int(r['label']) for r in own], boxes[:, 1] / boxes[:, 0])
+
+def test_proportion_tells_the_class_in_train_and_hardly_in_test(study):
+    assert .85 < told_by_proportion(study, 'train') < .95
+    assert .55 < told_by_proportion(study, 'test') < .72
+
+def test_without_the_clue_proportion_tells_little_anywhere(tmp_path):
+    root = write_phantoms(tmp_path/'p', n_train=200, n_val=4, n_test=4, size=48)
+    assert {r['film'] for r in rows(root)} == {'1.0'}, 'off unless asked for'
+    assert .4 < told_by_proportion(root, 'train') < .6
+
+@pytest.mark.parametrize('film', [.8, 1.1, 1.25])
+def test_a_film_is_squeezed_and_its_masks_with_it(film):
+    "A film that is wider by f, of the same area, squared: everything is narrower by sqrt(f), higher by sqrt(f)."
+    for seed in (3, 6):
+        usual, other = (make_phantom(seed, 1, size=512, film=f) for f in (1., film))
+        expected = box(usual.lung_mask[:, :]) * [film**-.5, film**.5]
+        margins = [m.any(0)[[0, -1]].any() or m.any(1)[[0, -1]].any() for m in (usual.lung_mask, other.lung_mask)]
+        if not any(margins): assert np.abs(box(other.lung_mask) - expected).max() <= 6, 'the pose turns it a little'
+        assert not (other.opacity_mask & ~other.lung_mask).any()
+        inside = other.image[other.lung_mask & ~other.opacity_mask].mean()
+        around = cv2.dilate(other.lung_mask.astype(np.uint8), np.ones((41, 41))) > 0
+        assert inside < other.image[around & ~other.lung_mask].mean(), 'lungs are dark where the mask says'
+
+def test_the_squeeze_is_exact_where_nothing_is_turned():
+    anatomy = sample_patient(np.random.default_rng(0))
+    pose = dict(size=800, centre=(0., 70.))
+    def lungs(view): return phantom.air(anatomy.lungs, anatomy.mediastinum, anatomy.domes, view) > phantom.LUNG_MM
+    usual = box(lungs(View(fov=320., **pose)))
+    for film in (.8, 1.25):
+        squeezed = box(lungs(View(fov=320. / math.sqrt(film), squeeze=film, **pose)))
+        assert squeezed == pytest.approx(usual * [film**-.5, film**.5], abs=2)
+
+def test_the_table_knows_the_films_and_makes_them_again(study):
+    for row in rows(study)[::100]:
+        p = make_phantom(int(row['seed']), int(row['label']), size=48, shot=int(row['shot']), film=float(row['film']),
+                         shift=phantom.STUDY['test_shift']*(row['split'] == 'test'), subtlety=phantom.STUDY['subtlety'])
+        assert np.array_equal(read((study/'lung_masks'/row['path']).with_suffix('.png'), '1'), p.lung_mask)
+        stored = cv2.imread(str(study/'chest_xray'/row['path']), cv2.IMREAD_GRAYSCALE)
+        assert np.abs(stored - p.image.astype(float)).mean() < 4   # JPEG
+
+def test_subtle_opacities_are_fainter_and_lie_where_they_lay():
+    for subtype, seed in (('bacteria', 4), ('virus', 4)):
+        well = make_phantom(seed, 0, size=96).image.astype(float)
+        plain, subtle = (make_phantom(seed, 1, size=96, subtype=subtype, subtlety=s) for s in (0., .6))
+        assert np.array_equal(plain.opacity_mask, subtle.opacity_mask) and np.array_equal(plain.lung_mask, subtle.lung_mask)
+        rise = [(p.image - well)[plain.opacity_mask].mean() for p in (plain, subtle)]
+        assert 2 < rise[1] < .7*rise[0]
+
+def test_the_letters_of_lesson_06_come_without_the_clue(tmp_path, monkeypatch):
+    from cxr_lab.gradcam import marker_datasets
+    monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
+    for data in marker_datasets((1., 0.), 40, size=32):
+        made = read_json(data.source.images.parent/'phantom.json')
+        assert made['film_clue'] == made['subtlety'] == 0 and {r['film'] for r in rows(data.source.images.parent)} == {'1.0'}
