@@ -193,7 +193,7 @@ def find_data(
     data: str,            # phantom | kermany | pneumoniamnist | path
     phantoms: int = 480,  # training images, if phantoms are to be made
     seed: int = 0,        # of the phantoms
-    study: bool = True,   # phantoms with the clue that the lessons find (phantom.STUDY), or clean
+    study: bool = False,  # phantoms with the clue that the lessons find (phantom.STUDY), or clean
 ) -> Source:
     "The images that `data` names, made or downloaded if need be; `FileNotFoundError` if not there."
     if data == 'phantom': return _beside(_phantoms(phantoms, seed, study)/'chest_xray', 'phantom')
