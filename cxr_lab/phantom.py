@@ -842,7 +842,7 @@ def _markers(labels, phi, rng):
 
 # %% ../nbs/lab/phantom.ipynb #f11a0002
 _FORMATS = dict(train=(-.14, .04), test=(-.01, .05))  # log of width / height: NORMAL, PNEUMONIA
-STUDY = dict(film_clue=1., subtlety=.55, test_shift=.25)  # of the phantoms that the lessons study
+STUDY = dict(film_clue=1., subtlety=.4, test_shift=.25)  # of the phantoms that the lessons study
 
 def sample_film(
     rng: np.random.Generator,
