@@ -77,8 +77,7 @@ BY_HAND = """assert np.abs(prepare(image[None, None], size)[0, ..., 0] - by_hand
 """
 EXPOSURE = "assert np.abs(x - x[1]).mean() < .05, 'the exposure should be gone'\n"
 BLANK = """assert not prepare(np.full((1, 1, 64, 64), 200, np.uint8), 32).any(), (
-    'a blank image has nothing to scale')
-"""
+    'a blank image has nothing to scale')"""
 STRESS = ("assert stress['mean'].min() > .5, "
           "'a change that leaves the lungs visible must not lose them'")
 WHOLE = """assert np.array_equal(look(fine[i, 0], m, 'lungs', margin) + look(fine[i, 0], m, 'removed', margin),
