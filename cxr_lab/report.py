@@ -15,8 +15,8 @@ import nbformat
 import numpy as np
 import pandas as pd
 
-from .runs import (
-    atomic_path, outdated, read_json, read_metrics, read_predictions, read_status, write_json)
+from .runs import NOT_HERE, atomic_path, outdated, read_json, read_metrics
+from .runs import read_predictions, read_status, write_json
 from .scores import METRICS, score
 
 # %% ../nbs/lab/report.ipynb #328b1b6e
@@ -206,6 +206,7 @@ def _unfit(output):
     if 'application/vnd.jupyter.widget-view+json' in output.get('data', {}):
         return 'a widget, which shows nothing without a kernel'
     for text in _texts(output):
+        if NOT_HERE in text: return f'a sentence that is not true: {text.strip()[:80]}'
         if found := _MACHINE_PATH.search(text):
             return (f'a path of this machine: '
                     f'{text[found.start():found.start() + 60].splitlines()[0]}')

@@ -189,14 +189,14 @@ def turn_knob(
     networks: list,
     images: np.ndarray, labels: np.ndarray,  # (N,1,H,W) uint8; (N,) 0 or 1
     change,              # (images, factor) -> images
-    factors,
-) -> pd.DataFrame:       # a row per factor and network: factor, network, and `score` at 0.5
+    factors, thresholds=None,                # of each network; 0.5 by default
+) -> pd.DataFrame:       # a row per factor and network: factor, network, and `score`
     "How networks judge images that are changed more and more."
-    told = []
+    told, thresholds = [], thresholds or [.5] * len(networks)
     for factor in factors:
         changed = change(images, factor)
-        told += [dict(factor=factor, network=i, **score(labels, predict(network, changed)))
-                 for i, network in enumerate(networks)]
+        told += [dict(factor=factor, network=i, **score(labels, predict(network, changed), at))
+                 for i, (network, at) in enumerate(zip(networks, thresholds))]
     return pd.DataFrame(told)
 
 def plot_knob(ax, knob: pd.DataFrame, title: str, what: str):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import cxr_lab
@@ -13,17 +12,8 @@ from cxr_lab.runs import CLASSES
 from cxr_lab.explorable import (
     EXPLORER, environment, explorer, framed, page_data, page_part, sprite)
 from cxr_lab.kept import code_of
-from cxr_lab.model import build_model
-from cxr_lab.tsne import PALETTES, embed, embedding_table, groups_of, vectors_of
-
-@pytest.fixture(scope='module')
-def small():
-    torch.manual_seed(0)
-    return build_model('small').eval()
-
-@pytest.fixture(scope='module')
-def table(tiny, small):
-    return embedding_table(tiny.index.assign(subtype=np.where(tiny.index.label == 1, np.where(np.arange(len(tiny.index)) % 2, 'virus', 'bacteria'), '')), *embed(small, tiny.pixels))
+from cxr_lab.tsne import PALETTES, groups_of, vectors_of
+from maps import small, table
 
 
 # Templates

@@ -154,6 +154,7 @@ def test_publish_moves_outputs_only(run):
 @pytest.mark.parametrize('output,match', [
     (v4.new_output('error', ename='ValueError', evalue='x', traceback=[]), 'error: ValueError'),
     (out('UserWarning: x\n', 'stderr'), 'text on stderr: UserWarning: x'),
+    (out('does not hold here: wider is healthier\n'), 'a sentence that is not true: .*wider is healthier'),
     *[(out(f'see {p}x'), 'a path of this machine') for p in ('/home/me/', '/work/', '/root/', '/tmp/', '/Users/me/', 'C:\\Users\\me\\', "'/var/lib/")],
     (show(text__html='<a href="/home/me/x">'), 'a path of this machine'),
     (show(**{'image/svg+xml': '<svg>/tmp/x/</svg>'}), 'a path of this machine'),

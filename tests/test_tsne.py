@@ -16,15 +16,7 @@ from cxr_lab.networks import predict, to_float
 from cxr_lab.runs import CLASSES, atomic_path
 from cxr_lab.tsne import (PALETTES, agreement, embed, embedding_table, groups_of, head_of, inputs_of, nearest_training, pca_map, plot_maps, separation,
                           told_apart, tsne_map, vectors_of)
-
-@pytest.fixture(scope='module')
-def small():
-    torch.manual_seed(0)
-    return build_model('small').eval()
-
-@pytest.fixture(scope='module')
-def table(tiny, small):
-    return embedding_table(tiny.index.assign(subtype=np.where(tiny.index.label == 1, np.where(np.arange(len(tiny.index)) % 2, 'virus', 'bacteria'), '')), *embed(small, tiny.pixels))
+from maps import small, table
 
 @pytest.fixture(scope='module')
 def blobs():
