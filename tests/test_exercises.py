@@ -13,7 +13,7 @@ from cxr_lab.runs import read_json, read_metrics, read_predictions
 pytestmark = pytest.mark.slow
 
 PARAMS = dict(phantoms=96, image_size=64, epochs=1, seeds=1, ablation=False, shown=1500,
-              views='crop,lungs', n_boot=50)
+              views='crop_plain,crop,lungs', n_boot=50)
 
 def options(*lessons):
     "As many of `PARAMS` as these lessons have, for the command line."

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from cxr_lab.masked import VIEWS
+from cxr_lab.masked import PLAIN, VIEWS
 from cxr_lab.pipeline import notebook_parameters
 from cxr_lab.runs import read_json, read_metrics, read_predictions
 from cxr_lab.scores import score
@@ -171,7 +171,7 @@ def check_run(run, kind, seeds, lessons, ablation=True):
                 for text in texts(output): assert not ABSOLUTE.search(text), f'{name}: {text[:300]}'
     images = read_metrics(run/'00_data'/'metrics.json')
     experiments = {'baseline': '03_train', 'augmented': '04_augment'} | ({'geometric': '04_augment/geometric', 'photometric': '04_augment/photometric'} if ablation else {})
-    if '08_masked' in lessons: experiments |= {name: f'08_masked/{view}' for view, name in VIEWS.items()}
+    if '08_masked' in lessons: experiments |= {name: f'08_masked/{view}' for view, name in (VIEWS | PLAIN).items()}
     rows = {(r['experiment'], r['seed'], r['threshold_rule']): r for r in results['rows']}
     assert set(rows) == {(e, s, rule) for e in experiments for s in seeds for rule in ('0.5', 'validation')} and len(rows) == len(results['rows'])
     paths = None

@@ -8,25 +8,12 @@ from cxr_lab import train
 from cxr_lab.augment import Augment
 from cxr_lab.data import Dataset, index_images, split_validation
 from cxr_lab.images import find_data, pixel_cache
-from cxr_lab.masked import look_at_all
+from cxr_lab.masked import all_at_unit_proportion, look_at_all, unit_proportion
 from cxr_lab.runs import Step
 from cxr_lab.trainer import Experiment, run_experiments
 
 SIZE = 64
 PARAMS = dict(model='small', epochs=24, batch_size=64, lr=3e-3, weight_decay=.02, seeds=3, seed=0)
-
-def unit_proportion(
-    mask: np.ndarray,    # (H,W) bool, not empty
-    share: float = .8,   # of the side that the box will fill
-) -> np.ndarray:         # (H,W) uint8, 0 to 255
-    "A silhouette whose box is a square in the middle: shape stays, proportion and place go."
-    x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-    if not w: raise ValueError('the mask is empty')
-    side = np.array(mask.shape[::-1])
-    scale = share * side / (w, h)
-    shift = (side - 1) / 2 - scale * (x + (w - 1) / 2, y + (h - 1) / 2)
-    matrix = np.column_stack([np.diag(scale), shift])
-    return cv2.warpAffine(mask.astype(np.uint8) * 255, matrix, mask.shape[::-1])
 
 def test_a_silhouette_at_unit_proportion():
     mask = np.zeros((60, 60), bool)
@@ -47,8 +34,7 @@ def story(tmp_path_factory):
     step.record(dataset=dict(fingerprint='f' * 64, kind='phantom'))
     whole, fine = pixel_cache(source.images, index, SIZE), pixel_cache(source.images, index, 224)
     masks = np.stack([cv2.imread(str((source.lung_masks/p).with_suffix('.png')), 0) > 0 for p in index.path])[:, None]
-    unit = np.stack([cv2.resize(unit_proportion(m[0]), (SIZE, SIZE), interpolation=cv2.INTER_AREA) for m in masks])[:, None]
-    views = {v: look_at_all(fine, masks, v, SIZE) for v in ('crop', 'silhouette')} | {'unit': unit, 'whole': whole}
+    views = {v: look_at_all(fine, masks, v, SIZE) for v in ('crop', 'silhouette')} | {'unit': all_at_unit_proportion(masks, SIZE), 'whole': whole}
     of = {v: Dataset(index, pixels, source) for v, pixels in views.items()}
     recipes = {'none': ('whole', None), 'both': ('whole', Augment()), 'geometry': ('whole', Augment(photometric=0)),
                'exposure': ('whole', Augment(geometric=0)), 'crop': ('crop', None),
