@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'on_phantoms', 'show_images', 'patient_of', 'subtype_of', 'join_identical', 'patients_of', 'index_images',
-           'split_validation', 'Leakage', 'check_no_leakage', 'leaked_share', 'Dataset', 'load_dataset']
+           'leaked_share', 'split_validation', 'Leakage', 'check_no_leakage', 'Dataset', 'load_dataset']
 
 # %% ../nbs/00_data.ipynb #c56a59d5
 import re
@@ -15,35 +15,36 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from .images import Source, find_data, index_files, patients_from_csv, pixel_cache
+from .images import (Source, find_data, hold_out, index_files, patients_from_csv,
+                            pixel_cache)
 from .runs import CLASSES, Step
 
-# %% ../nbs/00_data.ipynb #936e5d6e
+# %% ../nbs/00_data.ipynb #op000002
 COLORS = {'NORMAL': '#0072B2', 'PNEUMONIA': '#D55E00'}  # of Okabe and Ito's color-blind palette
 
 def on_phantoms(kind: str) -> str:  # Source.kind
     "What a title of a figure or table adds if its numbers are not about real children."
     return ' (phantoms)' if kind == 'phantom' else ''
 
+# %% ../nbs/00_data.ipynb #936e5d6e
 def show_images(
-    images,            # sequence of (H,W) or (1,H,W) arrays
-    titles=(),         # one per image
+    images,              # sequence of (H,W) or (1,H,W) arrays
+    titles=(),           # one per image
     columns: int = 4,
     width: float = 2.2,  # inches per image
     suptitle: str = '',
-    colors=(),         # title colors, one per image
+    colors=(),           # title colors, one per image
 ):
     "A grid of gray images, 0 to 255 from black to white; returns the figure."
     import matplotlib.pyplot as plt
     rows = -(-len(images) // columns)
-    fig, axs = plt.subplots(rows, columns, figsize=(width * columns, (width + .3) * rows), dpi=80,
+    fig, axs = plt.subplots(rows, columns, figsize=(width * columns, (width + .3) * rows), dpi=110,
                             squeeze=False, layout='constrained')
-    for i, ax in enumerate(axs.flat):
-        ax.axis('off')
-        if i >= len(images): continue
-        ax.imshow(np.asarray(images[i]).squeeze(), cmap='gray', vmin=0, vmax=255)
-        color = colors[i] if i < len(colors) else 'black'
-        if i < len(titles): ax.set_title(titles[i], fontsize=9, color=color)
+    for ax in axs.flat: ax.axis('off')
+    for ax, image in zip(axs.flat, images):
+        ax.imshow(np.asarray(image).squeeze(), cmap='gray', vmin=0, vmax=255)
+    for ax, title in zip(axs.flat, titles): ax.set_title(title, fontsize=9)
+    for ax, color in zip(axs.flat, colors): ax.title.set_color(color)
     if suptitle: fig.suptitle(suptitle)
     return fig
 
@@ -100,49 +101,25 @@ def index_images(
     "Reads and verifies every file, and says who is in it."
     return index_files(root, partial(patients_of, groups=groups), subtype_of, **reading)
 
-# %% ../nbs/00_data.ipynb #26901a78
-def _first_fold(labels, patients, folds, seed):
-    "Rows of the first of some folds: patients whole, classes as evenly shared out as they allow."
-    patient, names = pd.factorize(np.asarray(patients), sort=True)
-    counts = np.zeros((len(names), len(CLASSES)))  # images of each patient by class
-    np.add.at(counts, (patient, labels), 1)
-    order = np.arange(len(names))
-    np.random.RandomState(seed).shuffle(order)
-    counts, total = counts[order], counts.sum(0)
-    held = np.zeros((folds, len(CLASSES)))         # images of each fold by class, so far
-    fold, each = np.empty(len(names), int), np.arange(folds)
-    for i in np.argsort(-counts.std(1), kind='stable'):  # patients who matter most come first
-        shares = np.repeat(held[None], folds, 0)   # [k]: if this patient went into fold k
-        shares[each, each] += counts[i]
-        shares /= total
-        shares -= shares.sum(1, keepdims=True) / folds
-        uneven = (np.sqrt((shares * shares).sum(1) / folds).sum(1) / len(CLASSES)).tolist()
-        images, best = held.sum(1).tolist(), 0
-        for k in range(1, folds):  # the most even; of about equals, the fold with fewer images
-            close = abs(uneven[k] - uneven[best]) <= 1e-8 + 1e-5 * uneven[best]
-            if uneven[k] < uneven[best] or close and images[k] < images[best]: best = k
-        held[best] += counts[i]
-        fold[order[i]] = best
-    return np.flatnonzero(fold[patient] == 0)
+# %% ../nbs/00_data.ipynb #12e855e7
+def leaked_share(
+    index: pd.DataFrame,  # with split names of the study
+) -> float:               # 0 to 1
+    "Share of validation images whose patient also has images in train."
+    known = set(index.patient[index.split == 'train'])
+    return float(index.patient[index.split == 'validation'].isin(known).mean())
 
+# %% ../nbs/00_data.ipynb #26901a78
 def split_validation(
     index: pd.DataFrame,     # of index_images
     fraction: float = 0.15,  # share of the training images, approximately: patients stay whole
     seed: int = 0,
 ) -> pd.DataFrame:           # the same rows; split is train | validation | test | official_val
     "Sets a validation split aside from train, by patient, stratified by class, fixed by seed."
-    if not 0 < fraction <= .5:
-        raise ValueError(f'val_fraction={fraction}: a share above 0, at most 0.5')
     train = index[index.split == 'train']
-    per_class = train.groupby('label').patient.nunique()
-    folds = round(1 / fraction)
-    if per_class.min() < folds:
-        raise ValueError(f'{per_class.min()} patients of class {CLASSES[per_class.idxmin()]} in '
-                         f'train are too few for val_fraction={fraction}: '
-                         f'at least {folds} are needed')
-    held_out = _first_fold(train.label.to_numpy(), train.patient, folds, seed)
+    chosen = hold_out(train.label.to_numpy(), train.patient.to_numpy(), fraction, seed)
     split = index.split.replace({'val': 'official_val'})
-    split[train.index[held_out]] = 'validation'
+    split[train.index[chosen]] = 'validation'
     return index.assign(split=split)
 
 # %% ../nbs/00_data.ipynb #da7a0006
@@ -157,14 +134,6 @@ def check_no_leakage(index: pd.DataFrame) -> int:  # number of patients checked
             raise Leakage(f'{len(crossing)} {key} values are in more than one split, '
                           f'e.g. {", ".join(map(str, crossing.index[:3]))}')
     return index.patient.nunique()
-
-# %% ../nbs/00_data.ipynb #12e855e7
-def leaked_share(
-    index: pd.DataFrame,  # with split names of the study
-) -> float:               # 0 to 1
-    "Share of validation images whose patient also has images in train."
-    known = set(index.patient[index.split == 'train'])
-    return float(index.patient[index.split == 'validation'].isin(known).mean())
 
 # %% ../nbs/00_data.ipynb #ac59f376
 @dataclass(frozen=True)
@@ -185,6 +154,7 @@ class Dataset:
     @property
     def labels(self) -> np.ndarray: return self.index.label.to_numpy()  # (N,) int64, 1 = PNEUMONIA
 
+# %% ../nbs/00_data.ipynb #op00000b
 def load_dataset(step: Step) -> Dataset:
     "Index and pixels of the run of `step`; `MissingUpstream` if 00_data has not run."
     p = step.params('00_data')

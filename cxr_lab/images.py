@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'INDEX_COLUMNS', 'resume_download', 'unpack_images', 'fetch', 'Source', 'find_data', 'fingerprint',
-           'row_order', 'pixel_cache', 'index_files', 'patients_from_csv']
+           'facts_of', 'row_order', 'pixel_cache', 'index_files', 'patients_from_csv', 'hold_out']
 
 # %% ../nbs/lab/images.ipynb #1a9e0004
 import errno, hashlib, io, itertools, os, re, shutil, tempfile, zipfile, zlib
@@ -299,6 +299,16 @@ def fingerprint(index: pd.DataFrame) -> str:  # with path and sha256
     rows = '\n'.join(f'{p}\t{h}' for p, h in sorted(zip(index.path, index.sha256)))
     return hashlib.sha256(rows.encode()).hexdigest()
 
+def facts_of(
+    source: Source,
+    index: pd.DataFrame,     # of `index_files`, with split names of the study
+    rejected: pd.DataFrame,  # what was left out
+) -> dict:
+    "What a run notes about its images: kind, fingerprint, how many in each split and left out."
+    images = {split: int(n) for split, n in index.split.value_counts().items()}
+    return dict(kind=source.kind, fingerprint=fingerprint(index), images=images,
+                left_out=len(rejected))
+
 def row_order(index: pd.DataFrame) -> str:  # with path
     "SHA-256 over the paths as they come: which row is which image."
     return hashlib.sha256('\n'.join(index.path).encode()).hexdigest()
@@ -402,3 +412,45 @@ def patients_from_csv(
         raise ValueError(f'{file} names no patient for {len(without)} images, '
                          f'e.g. {without.iloc[0]}')
     return patient
+
+# %% ../nbs/lab/images.ipynb #op00lab2
+def _most_even(held, own, total):
+    "The part that keeps the classes most even if it gets these images; of equals the smaller."
+    folds, each = len(held), np.arange(len(held))
+    shares = np.repeat(held[None], folds, 0)   # [k]: if this patient went into part k
+    shares[each, each] += own
+    shares /= total
+    shares -= shares.sum(1, keepdims=True) / folds
+    uneven = (np.sqrt((shares * shares).sum(1) / folds).sum(1) / len(CLASSES)).tolist()
+    images, best = held.sum(1).tolist(), 0
+    for k in range(1, folds):
+        close = abs(uneven[k] - uneven[best]) <= 1e-8 + 1e-5 * uneven[best]
+        if uneven[k] < uneven[best] or close and images[k] < images[best]: best = k
+    return best
+
+def hold_out(
+    labels: np.ndarray,    # (N,) int
+    patients: np.ndarray,  # (N,) str
+    fraction: float,       # share of the images to hold out, approximately (> 0, <= 0.5)
+    seed: int = 0,
+) -> np.ndarray:           # row numbers
+    "Images of whole patients, with the classes in the shares of all; fixed by the seed."
+    if not 0 < fraction <= .5:
+        raise ValueError(f'val_fraction={fraction}: a share above 0, at most 0.5')
+    patient, names = pd.factorize(np.asarray(patients), sort=True)
+    counts = np.zeros((len(names), len(CLASSES)))  # images of each patient by class
+    np.add.at(counts, (patient, labels), 1)
+    folds, of_class = round(1 / fraction), (counts > 0).sum(0)
+    if of_class.min() < folds:
+        raise ValueError(f'{of_class.min()} patients of class {CLASSES[of_class.argmin()]} in '
+                         f'train are too few for val_fraction={fraction}: '
+                         f'at least {folds} are needed')
+    order = np.arange(len(names))
+    np.random.RandomState(seed).shuffle(order)
+    counts, total = counts[order], counts.sum(0)
+    held, part = np.zeros((folds, len(CLASSES))), np.empty(len(names), int)
+    for i in np.argsort(-counts.std(1), kind='stable'):  # patients who matter most come first
+        best = _most_even(held, counts[i], total)
+        held[best] += counts[i]
+        part[order[i]] = best
+    return np.flatnonzero(part[patient] == 0)

@@ -184,7 +184,7 @@ def result_code(
     return [without_options(c.source) for c in _code_cells(nb)]
 
 # %% ../nbs/lab/report.ipynb #484f6db1
-MAX_NOTEBOOK = 1_500_000
+MAX_NOTEBOOK = 3_000_000
 _MACHINE_PATH = re.compile(
     r'(?<![\w.:/-])/(?:home|root|tmp|work|Users|usr|opt|var|mnt|private|scratch)/'
                            r'|[A-Z]:\\+(?:Users|Windows|Temp|Program)')

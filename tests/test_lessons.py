@@ -102,7 +102,7 @@ def texts(output):
 
 @named(NOTEBOOKS)
 def test_what_is_committed_is_fit_to_be_read(path):
-    assert path.stat().st_size < 1_500_000
+    assert path.stat().st_size < 3_000_000
     nb = nbformat.read(path, 4)
     nbformat.validate(nb)
     assert len({c.id for c in nb.cells}) == len(nb.cells)

@@ -160,7 +160,7 @@ def test_publish_moves_outputs_only(run):
     (show(**{'image/svg+xml': '<svg>/tmp/x/</svg>'}), 'a path of this machine'),
     (show(**{'application/json': {'a': ['/tmp/x/']}}), 'a path of this machine'),
     (show(**{'application/vnd.jupyter.widget-view+json': {'model_id': 'x'}, 'text/plain': 'x'}), 'a widget'),
-    (show(image__png='A'*1_600_000), 'MB, the limit is 1.5 MB'),
+    (show(image__png='A'*3_100_000), 'MB, the limit is 3.0 MB'),
 ])
 def test_unfit_outputs_stop_everything(run, output, match):
     for stem in ('02_model', '03_train'):
