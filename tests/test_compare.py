@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
-from cxr_lab.compare import error_overlap, mcnemar, network_pairs, paired_differences, show_network_pairs
+from cxr_lab.compare import error_overlap, explained, mcnemar, network_pairs, paired_differences, show_network_pairs
 from cxr_lab.runs import MissingUpstream, Step
 from cxr_lab.scores import METRICS, load_recipes, patient_weights
 
@@ -151,3 +151,29 @@ def test_other_images_are_refused(run, how):
 
 def test_a_missing_seed_names_the_notebook(run):
     with pytest.raises(MissingUpstream, match='run notebook 04_augment first'): load_recipes(Step(run[0], '05_compare', {}), {'a': A, 'b': ('04_augment', 'photometric')}, [0])
+
+
+# What one number explains of a change
+
+def families(n): return np.array([f'p{i // 2}' for i in range(n)])
+
+def test_a_number_explains_what_follows_it_and_nothing_else():
+    rng = np.random.default_rng(0)
+    value, noise = rng.random((2, 500))
+    change = (value > .6) + .1 * rng.normal(size=500)
+    found = explained(value, change, families(500))
+    assert .8 < found < 1 - .01 / change.var(), 'nearly all but the noise'
+    assert explained(-np.exp(value), change, families(500)) == pytest.approx(found, abs=.01), 'the order is what counts'
+    assert found > explained(value, change + rng.normal(size=500), families(500)) > .02
+    assert -.1 < explained(noise, change, families(500)) < .02
+
+def test_a_patient_is_not_explained_by_its_own_images():
+    "Each patient's change is its own; fifths that knew its other image would explain some of it."
+    rng = np.random.default_rng(1)
+    patient = np.repeat(np.arange(20), 5)
+    value, change = (rng.random(20) + 0.)[patient], rng.normal(size=20)[patient]
+    assert explained(value, change, patient) < .1 < explained(value, change, np.arange(100))
+
+def test_nothing_to_explain_is_said():
+    assert np.isnan(explained(np.arange(10.), np.zeros(10), families(10)))
+    assert np.isnan(explained(np.arange(8.), np.arange(8.), families(8)))
