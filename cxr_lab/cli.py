@@ -64,7 +64,8 @@ def run(
     notebooks: Annotated[list[str] | None, typer.Argument(
         help='Which notebooks, e.g. 03_train, 03 or train; all by default.')] = None,
     data: Annotated[str | None, typer.Option(
-        help='phantom, kermany, pneumoniamnist, or a folder {train,val,test}/{CLASS}/.')] = None,
+        help='phantom, kermany, pneumoniamnist, or a folder {train,val,test}/{CLASS}/; real images '
+             'take an image_size, epochs and seeds of their own.')] = None,
     run_dir: Annotated[str, typer.Option(help='The folder of this run.')] = 'runs/default',
     param: Annotated[list[str] | None, typer.Option('-p', '--param', metavar='NAME=VALUE',
                                                     help='Set a parameter, e.g. -p lr=3e-4 or -p '

@@ -160,5 +160,5 @@ def load_dataset(step: Step) -> Dataset:
     p = step.params('00_data')
     text = dict.fromkeys(['path', 'patient', 'sha256'], str)
     index = pd.read_csv(step.need('00_data', 'index.csv'), keep_default_na=False, dtype=text)
-    source = find_data(p['data'], p['phantoms'], p['seed'])
+    source = find_data(p['data'], p['phantoms'], p['seed'], study=True)
     return Dataset(index, pixel_cache(source.images, index, p['image_size'], p['aspect']), source)

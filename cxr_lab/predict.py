@@ -466,7 +466,7 @@ def training_data(
     p = read_json(run/'run.json')['parameters']['00_data']
     index = pd.read_csv(run/'00_data'/'index.csv', keep_default_na=False,
                         dtype={'path': str, 'patient': str, 'sha256': str})
-    source = find_data(p['data'], p['phantoms'], p['seed'])
+    source = find_data(p['data'], p['phantoms'], p['seed'], study=True)
     return Dataset(index, pixel_cache(source.images, index, p['image_size'], p['aspect']), source)
 
 def learn_usual(

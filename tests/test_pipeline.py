@@ -108,6 +108,54 @@ def test_quick_never_beats_the_user(nbs, monkeypatch):
     assert planned(nbs, params={'seed': '1'}, quick=True) == {'00_data': {'seed': 1}, '01_train': {'seed': 1, 'epochs': 3}}
     assert planned(nbs) == {'00_data': {}, '01_train': {}}
 
+def test_real_images_take_their_own_study(nbs, monkeypatch):
+    write_notebook('00_data', f"{RUN_DIR}\ndata: str = 'phantom'\nimage_size: int = 64\nphantoms: int = 600")
+    write_notebook('01_train', f'{RUN_DIR}\nepochs: int = 24\nseeds: int = 3')
+    monkeypatch.setattr(pipeline, 'QUICK', {'epochs': 2})
+    assert planned(nbs) == planned(nbs, data='phantom', quick=False) | {'00_data': {}} == {'00_data': {}, '01_train': {}}
+    real = {'image_size': 128}, {'epochs': 8, 'seeds': 5}
+    for data in ('kermany', 'pneumoniamnist', str(nbs)):
+        assert planned(nbs, data=data) == {'00_data': real[0] | {'data': data}, '01_train': real[1]}
+        assert planned(nbs, params={'00.data': data})['01_train'] == real[1]
+    assert planned(nbs, data='kermany', quick=True)['01_train'] == {'epochs': 2, 'seeds': 5}
+    assert planned(nbs, data='kermany', quick=True, params={'epochs': 30, 'image_size': 32}) == {
+        '00_data': {'data': 'kermany', 'image_size': 32}, '01_train': {'epochs': 30, 'seeds': 5}}
+    before = {'00_data': {'data': 'kermany'}, '01_train': {'seeds': 4}}
+    assert planned(nbs, before=before)['01_train'] == {'epochs': 8, 'seeds': 4}
+    assert planned(nbs, before=before, data='phantom')['01_train'] == {'seeds': 4}
+    write_notebook('01_train', f'{RUN_DIR}\nepochs: int = 12\nseeds: int = 3')
+    assert planned(nbs, data='kermany')['01_train'] == {'seeds': 5}, 'what somebody has changed is what runs'
+    write_notebook('00_data', f"{RUN_DIR}\ndata: str = 'kermany'\nimage_size: int = 64")
+    assert planned(nbs) == {'00_data': {'image_size': 128}, '01_train': {'seeds': 5}}
+    assert planned(nbs, data='phantom')['01_train'] == {}
+
+def test_a_later_lesson_knows_what_the_folder_was_started_on(nbs, capfd):
+    write_notebook('00_data', f"{RUN_DIR}\ndata: str = 'phantom'\nimage_size: int = 64", "from cxr_lab.runs import Step\nStep(run_dir, '00_data', dict(data=data))")
+    write_notebook('01_train', f'{RUN_DIR}\nepochs: int = 24\nseeds: int = 3', LOG + "log.open('a').write(f'train {epochs} {seeds}\\n')")
+    for k in (1, 2, 3):
+        if k == 2: run(notebooks=['01'], data=None)
+        else: run(data='nbs' if k == 3 else None)
+        assert ran() == ['train 24 3' if k < 3 else 'train 8 5']
+        assert ('data=' in capfd.readouterr().err) == (k == 3)
+    run(notebooks=['01']); assert ran() == ['train 8 5']
+    assert capfd.readouterr().err.startswith('data=nbs: epochs=8, seeds=5\n')
+    run(notebooks=['01'], quick=True, params={'seeds': 2}); assert ran() == ['train 4 2']
+    assert capfd.readouterr().err.startswith('data=nbs: epochs=4, seeds=2\n')
+    run(resume=True, notebooks=['00']); assert ran() == []
+    assert 'resuming with image_size=128, data=nbs\ndata=nbs: image_size=128\n' in capfd.readouterr().err
+    run(notebooks=['00', '01']); assert ran() == ['train 24 3'], 'a run that begins again begins with phantoms'
+
+def test_the_lessons_say_what_the_studies_take():
+    "The defaults are the study on phantoms, and the comments name the one on real images."
+    phantom, real = (dict(pipeline.STUDIES[k]) for k in ('phantom', 'real'))
+    assert set(phantom) == set(real)
+    for path in lessons():
+        for name, knob in notebook_parameters(path).items():
+            said = re.search(r'real images: (\S+)$', knob.help)
+            assert bool(said) == (name in real), (path.stem, name)
+            if said: assert knob.default == phantom.pop(name) and knob.check(said[1]) == real.pop(name)
+    assert not phantom and not real
+
 def test_data_is_checked(nbs):
     for data in ['phantom', 'kermany', 'pneumoniamnist', 'nbs', nbs]: assert planned(nbs, data=data)['00_data']['data'] == str(data)
     for bad in [dict(data='kermani'), dict(params={'data': 'no/such'}), dict(data='')]:
