@@ -52,6 +52,7 @@ def block(inputs: int, outputs: int, depth: int) -> nn.Sequential:
     return nn.Sequential(conv(inputs, outputs, stride=2),
                          *(conv(outputs, outputs) for _ in range(depth - 1)))
 
+# %% ../nbs/02_model.ipynb #20c0de02
 class SmallCNN(nn.Module):
     "A strided stem, three blocks, average pooling, two logits: class 0 NORMAL, class 1 PNEUMONIA."
     def __init__(self,
@@ -69,7 +70,6 @@ class SmallCNN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(widths[-1], classes)
 
-    # x: (N,1,H,W) float
     def features(self, x): return self.blocks(self.stem(self.scale(x)))  # -> (N,C,H/16,W/16)
     def embed(self, x): return self.pool(self.features(x)).flatten(1)    # -> (N,C)
     def forward(self, x): return self.head(self.dropout(self.embed(x)))  # -> (N,2) logits
@@ -80,25 +80,26 @@ def _shown(name, module, depth):
     level = name.count('.') + 1
     return bool(name) and (level == depth or (level < depth and not any(module.children())))
 
+# %% ../nbs/02_model.ipynb #20c0de09
 def layer_table(
     model: nn.Module,
     x: torch.Tensor,  # (1,1,H,W) float
     depth: int = 2,   # how far into nested modules
 ) -> pd.DataFrame:    # layer, kind, output shape (without N), parameters
     "What each layer puts out and how many parameters it has."
-    rows, hooks, training = [], [], model.training
-    def look(name, module):
-        def hook(_, __, out):
+    rows, training = [], model.training
+    def note(name):
+        def hook(module, _, out):
             size = sum(p.numel() for p in module.parameters())
             rows.append((name, type(module).__name__, tuple(out.shape[1:]), size))
-        return module.register_forward_hook(hook)
-    for name, module in model.named_modules():
-        if _shown(name, module, depth): hooks.append(look(name, module))
+        return hook
+    hooks = [module.register_forward_hook(note(name))
+             for name, module in model.named_modules() if _shown(name, module, depth)]
     try:
         with torch.no_grad(): model.eval()(x)
     finally:
+        for hook in hooks: hook.remove()
         model.train(training)
-        for h in hooks: h.remove()
     return pd.DataFrame(rows, columns=['layer', 'kind', 'output (C,H,W)', 'parameters'])
 
 # %% ../nbs/02_model.ipynb #1029feac
@@ -136,14 +137,6 @@ def overfit_one_batch(
     return losses
 
 # %% ../nbs/02_model.ipynb #a895a0fa
-def _replace(model, wanted, which, make):
-    "Replaces the first (0) or last (-1) submodule of a kind."
-    found = [n for n, m in model.named_modules() if isinstance(m, wanted)]
-    name = found[which]
-    parent, _, leaf = name.rpartition('.')
-    old = model.get_submodule(name)
-    model.get_submodule(parent)._modules[leaf] = make(old)
-
 def _gray(old):
     "A convolution for one channel that answers as the old one does for three equal channels."
     new = nn.Conv2d(1, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation,
@@ -152,6 +145,15 @@ def _gray(old):
         new.weight.copy_(old.weight.sum(1, keepdim=True))
         if old.bias is not None: new.bias.copy_(old.bias)
     return new
+
+# %% ../nbs/02_model.ipynb #20c0de16
+def _replace(model, wanted, which, make):
+    "Replaces the first (0) or last (-1) submodule of a kind."
+    found = [n for n, m in model.named_modules() if isinstance(m, wanted)]
+    name = found[which]
+    parent, _, leaf = name.rpartition('.')
+    old = model.get_submodule(name)
+    model.get_submodule(parent)._modules[leaf] = make(old)
 
 class Backbone(nn.Module):
     "A torchvision classifier for (N,1,H,W) float from 0 to 1, with two logits."
