@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SPLIT_COLORS', 'SPLIT_NAMES', 'class_weights', 'weighted_loss', 'adamw', 'one_cycle', 'running_average',
-           'judge', 'plot_histories', 'test_table', 'plot_test', 'magnify', 'stretch', 'turn_knob', 'plot_knob']
+           'judge', 'plot_histories', 'test_table', 'plot_test', 'at_prior', 'magnify', 'stretch', 'turn_knob',
+           'plot_knob']
 
 # %% ../nbs/03_train.ipynb #3e044e71
 import cv2
@@ -60,6 +61,7 @@ def running_average(mean, now, n):  # weights so far and of this step; n steps s
 def _named(prefix, values, suffix=''):
     return {f'{prefix}_{k}{suffix}': v for k, v in values.items()}
 
+# %% ../nbs/03_train.ipynb #30c0de10
 def judge(
     predictions: pd.DataFrame,  # of all images
 ) -> tuple[dict, dict]:         # metrics; what the model's file says of itself
@@ -97,9 +99,10 @@ def _plot_curves(ax, history, split, what):
     mean = history.groupby('epoch')[column].mean()
     ax.plot(mean.index + 1, mean, color=color, lw=2.2, label=SPLIT_NAMES[split])
 
+# %% ../nbs/03_train.ipynb #30c0de11
 def plot_histories(history: pd.DataFrame, title: str = ''):
     "Training and validation accuracy and loss per epoch; returns the figure."
-    fig, axs = plt.subplots(1, 2, figsize=(9.5, 3.2), layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(8, 3), dpi=110, layout='constrained')
     for ax, what in zip(axs, ('accuracy', 'loss')):
         for split in SPLIT_COLORS: _plot_curves(ax, history, split, what)
         ax.set(xlabel='epoch', ylabel=what)
@@ -136,6 +139,7 @@ def _plot_roc(ax, test, thresholds):
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', title=f'AUROC {auroc:.3f}')
     ax.legend(loc='lower right')
 
+# %% ../nbs/03_train.ipynb #30c0de13
 def _plot_calibration(ax, test):
     share, mean = calibration_curve(test.label, test.probability, n_bins=10)
     ax.plot(mean, share, 'o-', color='black')
@@ -159,15 +163,24 @@ def plot_test(
     title: str = '',
 ):
     "Confusion matrices at both thresholds, ROC, calibration, probabilities; returns the figure."
-    fig, axs = plt.subplots(1, 5, figsize=(15, 3.3), layout='constrained')
-    _plot_confusion(axs[0], test, .5, '0.5')
-    _plot_confusion(axs[1], test, threshold, f'{threshold:.2f} (validation)')
-    _plot_roc(axs[2], test, (.5, threshold))
-    _plot_calibration(axs[3], test)
-    _plot_probabilities(axs[4], test)
+    fig, axs = plt.subplot_mosaic([list('aabbcc'), list('dddeee')], figsize=(9.5, 6.2), dpi=110,
+                                  layout='constrained')
+    _plot_confusion(axs['a'], test, .5, '0.5')
+    _plot_confusion(axs['b'], test, threshold, f'{threshold:.2f} (validation)')
+    _plot_roc(axs['c'], test, (.5, threshold))
+    _plot_calibration(axs['d'], test)
+    _plot_probabilities(axs['e'], test)
     fig.suptitle(title)
-    for ax in axs[2:]: sns.despine(ax=ax)
+    for name in 'cde': sns.despine(ax=axs[name])
     return fig
+
+# %% ../nbs/03_train.ipynb #30c0de16
+def at_prior(
+    p,             # probability of pneumonia where both classes are equally common
+    share: float,  # of the ill, where it is asked
+):
+    "What the same evidence says where another share is ill (Bayes)."
+    return p * share / (p * share + (1 - p) * (1 - share))
 
 # %% ../nbs/03_train.ipynb #puzz003
 def magnify(image, wide, high):  # (H,W) uint8; factors -> (H,W) uint8
@@ -199,6 +212,7 @@ def turn_knob(
                  for i, (network, at) in enumerate(zip(networks, thresholds))]
     return pd.DataFrame(told)
 
+# %% ../nbs/03_train.ipynb #puzz023
 def plot_knob(ax, knob: pd.DataFrame, title: str, what: str):
     "Specificity and recall against the factor: thin lines are networks, thick ones their mean."
     for measure, name in (('specificity', 'NORMAL'), ('recall', 'PNEUMONIA')):
