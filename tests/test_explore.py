@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from scipy.stats import mannwhitneyu
 
-from cxr_lab.explore import (auroc_of, cohens_d, draw_patients, gray_histograms, image_features, lung_box, lung_boxes,
-                             narrower, plot_class_counts, separability)
+from cxr_lab.explore import (auroc_of, carried_over, cohens_d, deal_anew, draw_patients, gray_histograms, image_features,
+                             lung_box, lung_boxes, narrower, plot_class_counts, separability)
 from cxr_lab.lungs import pack
 
 
@@ -15,6 +15,12 @@ def test_draw_patients(tiny):
         assert (tiny.labels[rows] == label).all() and (tiny.index.split[rows] == 'train').all() and tiny.index.patient[rows].nunique() == 4
         assert (rows == draw_patients(tiny, 'train', label, 4, seed=1)).all() and (rows != draw_patients(tiny, 'train', label, 4, seed=2)).any()
     with pytest.raises(ValueError, match='official_val has . patients of class NORMAL, 9 were asked for'): draw_patients(tiny, 'official_val', 0, 9)
+
+def test_draw_patients_of_one_kind(tiny):
+    for kind in ('bacteria', 'virus'):
+        rows = draw_patients(tiny, 'train', 1, 2, 0, kind)
+        assert list(tiny.index.subtype[rows]) == [kind] * 2 and tiny.index.patient[rows].nunique() == 2
+    with pytest.raises(ValueError, match='0 patients of class NORMAL, 1 were asked for'): draw_patients(tiny, 'train', 0, 1, 0, 'virus')
 
 def test_class_counts_show_the_numbers():
     import matplotlib.pyplot as plt
@@ -87,3 +93,22 @@ def test_separability():
     assert separability(pd.DataFrame(rng.normal(size=(200, 3)) + 2 * target[:, None]), target, groups) > .95
     leak = rng.normal(size=(50, 40)).repeat(4, 0)  # features that only say which patient it is
     assert separability(pd.DataFrame(leak), (groups % 2), groups) < .75, 'patients are kept together'
+
+def test_labels_dealt_anew_belong_to_patients():
+    patients = np.repeat(list('abcdefghij'), [1, 5, 2, 3, 1, 1, 4, 2, 2, 1])
+    labels = np.isin(patients, list('abcd')).astype(int)
+    dealt = [deal_anew(labels, patients, seed) for seed in range(20)]
+    for d in dealt:
+        own = pd.Series(d).groupby(patients).nunique()
+        assert (own == 1).all() and pd.Series(d).groupby(patients).first().sum() == 4, 'as many ill patients as before'
+    assert (dealt[0] == deal_anew(labels, patients, 0)).all() and len({tuple(d) for d in dealt}) > 10
+
+def test_what_is_learned_in_train_is_asked_elsewhere(tiny):
+    labels = tiny.labels
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=len(labels))
+    test = (tiny.index.split == 'test').to_numpy()
+    clue = pd.DataFrame({'clue': np.where(test, -labels, labels) + .1 * noise})  # turned round in test
+    told = carried_over(clue, tiny, labels)
+    assert list(told) == ['train', 'validation', 'test']
+    assert told['train'] > .99 and told['validation'] > .99 and told['test'] < .01
