@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 from scipy.stats import mannwhitneyu
 
+from cxr_lab.data import Dataset
 from cxr_lab.explore import (auroc_of, carried_over, cohens_d, deal_anew, draw_patients, gray_histograms, image_features,
                              lung_box, lung_boxes, narrower, plot_class_counts, separability)
 from cxr_lab.lungs import pack
@@ -17,10 +18,12 @@ def test_draw_patients(tiny):
     with pytest.raises(ValueError, match='official_val has . patients of class NORMAL, 9 were asked for'): draw_patients(tiny, 'official_val', 0, 9)
 
 def test_draw_patients_of_one_kind(tiny):
-    for kind in ('bacteria', 'virus'):
-        rows = draw_patients(tiny, 'train', 1, 2, 0, kind)
-        assert list(tiny.index.subtype[rows]) == [kind] * 2 and tiny.index.patient[rows].nunique() == 2
-    with pytest.raises(ValueError, match='0 patients of class NORMAL, 1 were asked for'): draw_patients(tiny, 'train', 0, 1, 0, 'virus')
+    kind = np.where(tiny.labels == 1, np.where(np.arange(len(tiny.labels)) % 3, 'virus', 'bacteria'), '')
+    data = Dataset(tiny.index.assign(subtype=kind), tiny.pixels, tiny.source)
+    for subtype in ('bacteria', 'virus'):
+        rows = draw_patients(data, 'train', 1, 3, 0, subtype)
+        assert list(data.index.subtype[rows]) == [subtype] * 3 and data.index.patient[rows].nunique() == 3
+    with pytest.raises(ValueError, match='0 patients of class NORMAL, 1 were asked for'): draw_patients(data, 'train', 0, 1, 0, 'virus')
 
 def test_class_counts_show_the_numbers():
     import matplotlib.pyplot as plt
