@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation
 
-from cxr_lab.masked import VIEWS, look, look_at_all, show_side_by_side
+from cxr_lab.masked import (PLAIN, VIEWS, all_at_unit_proportion, look, look_at_all, plot_gap,
+                            show_side_by_side, unit_proportion)
 from cxr_lab.phantom import make_phantom
 
 @pytest.fixture(scope='module')
@@ -60,6 +61,43 @@ def test_all_images_come_out_in_order():
         assert out.shape == (6, 1, 32, 32) and out.dtype == np.uint8 and out.any((1, 2, 3)).all()
         for i, c in enumerate(children):
             assert np.array_equal(out[i, 0], cv2.resize(look(c.image, c.lung_mask, view), (32, 32), interpolation=cv2.INTER_AREA))
+
+def test_outlines_at_unit_proportion_come_out_in_order():
+    masks = np.stack([make_phantom(s, s % 2, size=64).lung_mask for s in range(4)])[:, None]
+    out = all_at_unit_proportion(masks, 32)
+    assert out.shape == (4, 1, 32, 32) and out.dtype == np.uint8
+    for seen, mask in zip(out, masks):
+        assert np.array_equal(seen[0], cv2.resize(unit_proportion(mask[0]), (32, 32), interpolation=cv2.INTER_AREA))
+
+def box_of(mask):
+    _, _, wide, high = cv2.boundingRect(mask.astype(np.uint8))
+    return wide / high
+
+def test_the_crop_and_the_unit_outline_do_not_know_how_a_film_was_squared(child):
+    "Both come out nearly the same when the film is made narrower first."
+    def narrow(image, how): return cv2.copyMakeBorder(cv2.resize(image, (90, 128), interpolation=how), 0, 0, 19, 19, cv2.BORDER_REPLICATE)
+    film, mask = narrow(child.image, cv2.INTER_AREA), narrow(child.lung_mask.astype(np.uint8), cv2.INTER_NEAREST) > 0
+    assert box_of(mask) < .75 * box_of(child.lung_mask), 'the clue has moved'
+    crops = [look(i, m, 'crop', 0).astype(float) for i, m in ((child.image, child.lung_mask), (film, mask))]
+    assert np.abs(crops[0] - crops[1]).mean() < 6 and np.corrcoef(*(c.ravel() for c in crops))[0, 1] > .97
+    outlines = [unit_proportion(m) > 127 for m in (child.lung_mask, mask)]
+    assert (outlines[0] != outlines[1]).mean() < .03
+
+def test_no_view_has_the_name_or_the_folder_of_another():
+    assert not set(VIEWS) & set(PLAIN) and len({*VIEWS.values(), *PLAIN.values()}) == len(VIEWS | PLAIN)
+    assert {v.removesuffix('_plain') for v in PLAIN} <= {*VIEWS, 'unit'}
+
+def test_a_gap_is_drawn_from_validation_to_test():
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    results = pd.DataFrame(dict(val_auroc=[.9, 1.], test_auroc=[.7, .8], val_accuracy=[.9, .9], test_accuracy=[.8, .8]))
+    fig = plot_gap({'one': results, 'other': results - .1}, 'a title')
+    accuracy, auroc = fig.axes
+    line, val, test = auroc.lines[:3]
+    assert np.allclose(line.get_xdata(), [.95, .75]) and np.allclose(val.get_xdata(), [.9, 1]) and np.allclose(test.get_xdata(), [.7, .8])
+    assert [t.get_text() for t in accuracy.get_legend().texts] == ['validation', 'test'], 'each is named once'
+    assert [t.get_text() for t in accuracy.get_yticklabels()] == ['one', 'other'] and accuracy.get_ylim()[0] > accuracy.get_ylim()[1], 'from top to bottom'
+    plt.close(fig)
 
 def test_bad_input_is_refused(child):
     none = np.zeros_like(child.lung_mask)
