@@ -9,9 +9,7 @@ __all__ = ['VIEWS', 'PLAIN', 'look', 'unit_proportion', 'look_at_all', 'all_at_u
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 
 from .gradcam import overlay, scale_map
 
@@ -84,10 +82,10 @@ PLAIN = {'crop_plain': 'crop, not augmented', 'silhouette_plain': 'silhouette, n
 # %% ../nbs/08_masked.ipynb #vw08gap1
 def plot_gap(
     recipes: dict,  # name -> results of run_experiments
-    title: str = '',
-    metrics=('accuracy', 'auroc'),
+    title: str = '', metrics=('accuracy', 'auroc'),
 ):
     "Validation and test of each recipe: a dot per seed, a line between the means; the figure."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(metrics), figsize=(9, 1.3 + .38 * len(recipes)), dpi=110,
                             sharey=True, layout='constrained')
     for ax, metric in zip(axs, metrics):
@@ -110,6 +108,7 @@ def show_side_by_side(
     suptitle: str = '',
 ):
     "A row per image, for each model its input and its map laid over it; returns the figure."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(len(rows), 2 * len(models), dpi=110, squeeze=False,
                             figsize=(4 * len(models), 2.3 * len(rows)), layout='constrained')
     for line, (title, cells) in zip(axs, rows):
