@@ -211,10 +211,11 @@ def explain(
 ) -> Maps:
     "Grad-CAM of any number of images, in batches."
     parts, many = [], not callable(target) and np.ndim(target) == 1
+    device = next(model.parameters()).device
     with GradCAM(model, layer, method) as cam:
         for i in progress(range(0, len(pixels), batch_size), 'Grad-CAM'):
             x = to_float(torch.from_numpy(np.array(pixels[i:i + batch_size]))).contiguous(
-                memory_format=torch.channels_last)
+                memory_format=torch.channels_last).to(device)
             parts.append(cam(x, target[i:i + batch_size] if many else target))
     classes = None if callable(target) else np.concatenate([p.classes for p in parts])
     return Maps(np.concatenate([p.raw for p in parts]), parts[0].size, classes,

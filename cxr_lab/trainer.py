@@ -498,6 +498,7 @@ def run_experiments(
     trainer = trainer_settings(params.get('trainer', ''))
     workers = trainer.pop('side_by_side', None)
     trainer.setdefault('precision', default_precision(trainer))
+    if on_accelerator(trainer): trainer.setdefault('accelerator', 'gpu')  # the recipe says so
     trainings = {e.name: _trainings(step, e, params, parts, trainer) for e in experiments}
     each = [t for of in trainings.values() for t in of]
     if len({t.place for t in each}) < params['seeds'] * len(experiments):

@@ -461,6 +461,14 @@ def test_precision_follows_the_processor_and_stands_in_the_recipe(has, accelerat
     monkeypatch.delattr(torch.cpu, 'get_capabilities')
     assert default_precision({'accelerator': accelerator}) == '32-true', 'older PyTorch cannot tell'
 
+def test_on_a_gpu_the_recipe_says_so(tiny, tmp_path, monkeypatch):
+    "One training at a time, too: test_gpu.py runs them where there is one."
+    def show(todo, workers): raise RuntimeError(str(todo[0].recipe['trainer']))
+    monkeypatch.setattr(trainer, '_run', show)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    with pytest.raises(RuntimeError, match="{'precision': '32-true', 'accelerator': 'gpu'}"): run_experiment(step_for(tmp_path), tiny, 'x', QUICK, PARTS)
+    with pytest.raises(RuntimeError, match="'accelerator': 'cpu'"): run_experiment(step_for(tmp_path), tiny, 'x', QUICK | dict(trainer='accelerator=cpu'), PARTS)
+
 def test_mixed_precision_trains_and_is_another_recipe(tiny, tmp_path):
     step = step_for(tmp_path)
     single = run_experiment(step, tiny, 'x', QUICK | dict(trainer='precision=32-true'), PARTS)
