@@ -27,18 +27,21 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import cxr_lab
-from .data import Dataset
-from .films import ASPECTS, MAX_PIXELS, Film, Refused, find_films, read_film, to_gray
-from .gradcam import GradCAM, Maps, overlay, scale_map
-from .images import find_data, pixel_cache
-from .lungs import (OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape,
-                           tidy)
-from .masked import VIEWS, look, look_at_all
-from .model import load_model
-from .networks import to_float
-from .runs import CLASSES, read_json, read_metrics, resolve_run_dir
-from .tsne import head_of, inputs_of
-from .unusual import Unusual, fit_unusual
+from .cores import no_search_for_garbage
+
+with no_search_for_garbage():
+    from cxr_lab.data import Dataset
+    from cxr_lab.films import ASPECTS, MAX_PIXELS, Film, Refused, find_films, read_film, to_gray
+    from cxr_lab.gradcam import GradCAM, Maps, overlay, scale_map
+    from cxr_lab.images import find_data, pixel_cache
+    from cxr_lab.lungs import (OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape,
+                               tidy)
+    from cxr_lab.masked import VIEWS, look, look_at_all
+    from cxr_lab.model import load_model
+    from cxr_lab.networks import to_float
+    from cxr_lab.runs import CLASSES, read_json, read_metrics, resolve_run_dir
+    from cxr_lab.tsne import head_of, inputs_of
+    from cxr_lab.unusual import Unusual, fit_unusual
 
 # %% ../nbs/lab/predict.ipynb #9b582a69
 CAVEAT = ('A teaching and research tool, not a diagnostic device: no decision about a patient may '
