@@ -13,9 +13,6 @@ from contextlib import contextmanager
 
 import cv2
 import numpy as np
-import psutil
-from joblib import cpu_count
-from joblib.externals.loky import ProcessPoolExecutor, as_completed
 from threadpoolctl import threadpool_limits
 
 from .edits import for_children, lessons_in_use
@@ -25,7 +22,9 @@ from .runs import progress
 def cores() -> int:
     "How many cores this process may use; the environment variable `CXR_LAB_CORES` overrides it."
     said = os.environ.get('CXR_LAB_CORES')
-    if not said: return cpu_count()
+    if not said:
+        import joblib
+        return joblib.cpu_count()
     if not (said.isdecimal() and int(said)):
         raise ValueError(f'CXR_LAB_CORES={said!r}: a number of cores, 1 or more')
     return int(said)
@@ -33,6 +32,7 @@ def cores() -> int:
 # %% ../nbs/lab/cores.ipynb #c392a2dd
 def free_memory() -> int:
     "Bytes for new processes: what the machine has left, at most what a container may use."
+    import psutil
     free = psutil.virtual_memory().available
     try:
         with open('/sys/fs/cgroup/memory.max') as f: limit = f.read().strip()
@@ -144,6 +144,7 @@ def _each(function, items, n):
             with one_thread(): result = function(item)
             yield i, result
         return
+    from joblib.externals.loky import as_completed
     here = os.getpid(), os.getcwd()
     with _workers(n) as pool:
         waiting = {pool.submit(_in_worker, function, item, *here): i
@@ -158,6 +159,7 @@ def _mapped(a):
 @contextmanager
 def _workers(n):
     "Processes with one thread each, which end with the block."
+    from joblib.externals.loky import ProcessPoolExecutor
     names = ('OMP_NUM', 'OPENBLAS_NUM', 'MKL_NUM', 'NUMEXPR_NUM', 'VECLIB_MAXIMUM')
     env = {f'{name}_THREADS': '1' for name in names} | for_children(lessons_in_use())
     with warnings.catch_warnings():

@@ -24,7 +24,6 @@ from .data import COLORS, Dataset, index_images, split_validation
 from .films import read_pixels
 from .images import Source, pixel_cache
 from .networks import predict, to_float
-from .phantom import generator, write_marked
 from .runs import CLASSES, progress
 from .scores import patient_weights
 from .stored import cache_dir
@@ -439,6 +438,7 @@ def marker_datasets(
     seed: int = 0,
 ) -> list[Dataset]:      # one per correlation; test is exposed as train is
     "Phantoms with a letter in the corner, the same children in each set; kept in the cache folder."
+    from cxr_lab.phantom import generator, write_marked
     roots = {phi: cache_dir()/f'phantoms-{n}-{seed}-marker-{phi:g}-{generator()}'
              for phi in correlations}
     marked = {root: phi for phi, root in roots.items()}

@@ -21,7 +21,6 @@ from PIL import Image
 from .cores import cores
 from .films import ASPECTS, FORMATS, open_image, read_file, read_pixels, square
 from .kept import code_of
-from .phantom import STUDY, generator, write_phantoms
 from .runs import CLASSES, FOLDERS, atomic_path, progress, resolve_run_dir
 from .stored import cache_dir, stored
 
@@ -184,6 +183,7 @@ def _beside(images, kind):
 
 def _phantoms(n, seed, study):
     "Phantoms of the lessons: for 12 training images 5 test images."
+    from cxr_lab.phantom import STUDY, generator, write_phantoms
     like = STUDY if study else {}
     of = ''.join(f'-{name}-{value:g}' for name, value in like.items())
     root = cache_dir()/f'phantoms-{n}-{seed}{of}-{generator()}'

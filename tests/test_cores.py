@@ -1,13 +1,14 @@
 "One process per core, one thread in each: order, equality, errors, interruption, and nobody left behind."
-import os, re, signal, subprocess, sys, threading, time
+import gc, os, re, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from joblib.externals.loky import ProcessPoolExecutor
 
 from cxr_lab import cores as module
-from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, in_threads, one_thread
+from cxr_lab.cores import cores, fit_workers, free_memory, in_processes, in_threads, no_search_for_garbage, one_thread
 
 REPO = Path(module.__file__).parent.parent
 
@@ -50,6 +51,17 @@ def test_one_thread_inside_and_as_before_after():
             1 / 0
         assert torch.get_num_threads() == 3
     finally: torch.set_num_threads(before)
+
+@pytest.mark.parametrize('was', [True, False])
+def test_garbage_is_looked_for_again_after_the_block(was):
+    before = gc.isenabled()
+    (gc.enable if was else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), no_search_for_garbage():
+            assert not gc.isenabled()
+            1 / 0
+        assert gc.isenabled() == was
+    finally: (gc.enable if before else gc.disable)()
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
 def test_freed_memory_is_kept():
@@ -168,7 +180,7 @@ def test_when_the_process_ends_its_workers_end(tmp_path, number, code):
 
 @pytest.mark.skipif(os.name == 'nt', reason='the test sends POSIX signals')
 def test_interrupted_while_jobs_are_still_handed_over_the_workers_end(monkeypatch, tmp_path):
-    submit, handed = module.ProcessPoolExecutor.submit, []
+    submit, handed = ProcessPoolExecutor.submit, []
     def interrupted(pool, *args):
         handed.append(submit(pool, *args))
         if len(handed) == 2:
@@ -178,7 +190,7 @@ def test_interrupted_while_jobs_are_still_handed_over_the_workers_end(monkeypatc
     def job(i):
         (tmp_path/str(os.getpid())).touch()
         time.sleep(100)
-    monkeypatch.setattr(module.ProcessPoolExecutor, 'submit', interrupted)
+    monkeypatch.setattr(ProcessPoolExecutor, 'submit', interrupted)
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt): in_processes(job, range(4), 'sleeping', 2)
     assert time.monotonic() - begun < 90, 'the jobs were waited for'

@@ -453,7 +453,7 @@ def test_pictures_of_a_source(root):
     assert repr(source) == "Source('folder', images/)"
 
 def test_find_data_never_falls_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, 'write_phantoms', lambda *a, **k: pytest.fail('phantoms instead of what was asked for'))
+    monkeypatch.setattr('cxr_lab.phantom.write_phantoms', lambda *a, **k: pytest.fail('phantoms instead of what was asked for'))
     monkeypatch.setattr(images, 'fetch', lambda name: Path('fetched')/name)
     monkeypatch.delenv('CXR_LAB_DATA', raising=False)
     assert find_data('kermany').images == Path('fetched/kermany') and find_data('pneumoniamnist').kind == 'pneumoniamnist'
