@@ -756,7 +756,7 @@ def test_the_map_is_where_the_answer_comes_from():
 def test_sets_with_other_letters_are_the_same_children(tmp_path, monkeypatch):
     "Far from the letter they are equal; in its corner, whoever has it is brighter."
     monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
-    monkeypatch.setattr(gradcam, 'write_marked', partial(write_marked, size=64))
+    monkeypatch.setattr('cxr_lab.phantom.write_marked', partial(write_marked, size=64))
     ill, well = marker_datasets((1., -1.), n=60, size=64)
     assert ill.index.drop(columns=['bytes', 'sha256']).equals(well.index.drop(columns=['bytes', 'sha256'])) and len(ill.index) == 102
     assert {'train', 'validation', 'test'} <= set(ill.index.split)
