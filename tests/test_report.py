@@ -62,6 +62,13 @@ def test_rows_and_provenance(run):
     assert (p['run'], p['seeds'], p['seconds'], p['dataset']['fingerprint'], p['outdated']) == ('r', [0, 1], {'03_train': 12.}, 'abc', [])
     assert p['parameters'] == {'03_train': {'epochs': 8, 'seeds': 2}, '04_augment': {'where': 'r'}, '00_data': {'data': 'r'}, '07_segment': {}} and p['data'] == 'r'
     assert str(run.resolve()) not in (run/'results.json').read_text()
+    assert results['quoted'] == {}, 'none of these lessons has left what the front page tells'
+
+def test_what_the_front_page_tells_is_quoted_from_the_lessons(run):
+    Step(run, '01_explore', {}).write_metrics(dict(proportion_auroc_train=.9, proportion_auroc_test=.6, n_images=3))
+    Step(run, '03_train', {}).write_metrics(dict(val_accuracy_mean=.97))
+    quoted = read_json(write_results(run))['quoted']
+    assert quoted == {'01_explore': {'proportion_auroc_train': .9, 'proportion_auroc_test': .6}, '03_train': {'val_accuracy_mean': .97}}
 
 @pytest.mark.parametrize('metric', [f'test_{m}{suffix}' for m in METRICS[:-1] for suffix in RULES.values()] + ['test_auroc'])
 def test_a_metric_that_disagrees_is_refused(run, metric):
