@@ -3,16 +3,17 @@ import base64, gzip, html, io, json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 import cxr_lab
 import site_check
-from cxr_lab.runs import CLASSES
+from cxr_lab.runs import CLASSES, atomic_path
 from cxr_lab.explorable import (
-    EXPLORER, environment, explorer, framed, page_data, page_part, sprite)
+    EXPLORER, embedding_table, environment, explorer, framed, page_data, page_part, sprite, vectors_of)
 from cxr_lab.kept import code_of
-from cxr_lab.tsne import PALETTES, groups_of, vectors_of
+from cxr_lab.tsne import PALETTES, groups_of
 from maps import small, table
 
 
@@ -36,6 +37,22 @@ def test_a_changed_script_is_a_change_of_the_code_that_draws_the_page(monkeypatc
     monkeypatch.setitem(EXPLORER, 'js', EXPLORER['js'] + '// edited')
     assert [name for name, digest in code_of(explorer).items() if before[name] != digest] == ["EXPLORER['js']"]
     assert not any(str(Path(cxr_lab.__file__).parent) in text for text in before), 'nor where it is installed'
+
+
+# The table behind a map
+
+def test_the_table_survives_parquet(table, tiny, tmp_path):
+    assert list(table.columns[:7]) == ['path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype'] and vectors_of(table).shape == (len(tiny.index), 96)
+    assert (table.prediction == (table.probability >= .5)).all() and (table.path == tiny.index.path).all()
+    with atomic_path(tmp_path/'e.parquet') as temporary: table.to_parquet(temporary, index=False)
+    back = pd.read_parquet(tmp_path/'e.parquet')
+    assert np.array_equal(vectors_of(back), vectors_of(table)) and (back.dtypes[[f'e{i}' for i in range(96)]] == np.float32).all()
+    assert (back.probability == table.probability).all() and (back.patient == table.patient).all() and (back.label == table.label).all()
+
+def test_columns_that_look_like_embeddings_are_not_taken_for_them(table):
+    assert np.array_equal(vectors_of(table.assign(e=1, extra=2, e1x=3)), vectors_of(table))
+    with pytest.raises(ValueError, match='not finite'): embedding_table(table[:1], np.array([[np.inf]]), np.zeros(1))
+    with pytest.raises(ValueError, match='2 images, 1 embeddings'): embedding_table(table[:2], np.zeros((1, 3)), np.zeros(2))
 
 
 # Thumbnails

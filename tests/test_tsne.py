@@ -2,7 +2,6 @@
 import os, subprocess, sys, threading
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from sklearn.manifold import TSNE
@@ -13,9 +12,10 @@ from torch import nn
 import site_check
 from cxr_lab.model import build_model
 from cxr_lab.networks import predict, to_float
-from cxr_lab.runs import CLASSES, atomic_path
-from cxr_lab.tsne import (PALETTES, agreement, embed, embedding_table, groups_of, head_of, inputs_of, nearest_training, pca_map, plot_maps, separation,
-                          told_apart, tsne_map, vectors_of)
+from cxr_lab.runs import CLASSES
+from cxr_lab.explorable import vectors_of
+from cxr_lab.tsne import (PALETTES, agreement, embed, groups_of, head_of, inputs_of, nearest_training, pca_map, plot_maps, read_off,
+                          separation, told_apart, tsne_map)
 from maps import small, table
 
 @pytest.fixture(scope='module')
@@ -77,20 +77,6 @@ def test_networks_without_an_embedding_say_so():
     for model in (Twice(), PerPatch()):
         with pytest.raises(ValueError, match='once per batch'): embed(model, np.zeros((2, 1, 8, 8), np.uint8))
         assert not head_of(model)._forward_pre_hooks
-
-def test_the_table_survives_parquet(table, tiny, tmp_path):
-    assert list(table.columns[:7]) == ['path', 'label', 'split', 'prediction', 'probability', 'patient', 'subtype'] and vectors_of(table).shape == (len(tiny.index), 96)
-    assert (table.prediction == (table.probability >= .5)).all() and (table.path == tiny.index.path).all()
-    with atomic_path(tmp_path/'e.parquet') as temporary: table.to_parquet(temporary, index=False)
-    back = pd.read_parquet(tmp_path/'e.parquet')
-    assert np.array_equal(vectors_of(back), vectors_of(table)) and (back.dtypes[[f'e{i}' for i in range(96)]] == np.float32).all()
-    assert (back.probability == table.probability).all() and (back.patient == table.patient).all() and (back.label == table.label).all()
-
-def test_columns_that_look_like_embeddings_are_not_taken_for_them(table):
-    assert np.array_equal(vectors_of(table.assign(e=1, extra=2, e1x=3)), vectors_of(table))
-    with pytest.raises(ValueError, match='not finite'): embedding_table(table[:1], np.array([[np.inf]]), np.zeros(1))
-    with pytest.raises(ValueError, match='2 images, 1 embeddings'): embedding_table(table[:2], np.zeros((1, 3)), np.zeros(2))
-
 
 # Maps
 
@@ -170,6 +156,16 @@ def test_told_apart(blobs):
     assert told_apart(same, other, np.arange(300), seed=1) == told_apart(same, other, np.arange(300), seed=1)
     assert told_apart(v[:4], y[:4] == 1, np.arange(4)) is None and told_apart(v[:20], np.arange(20) < 3, np.arange(20)) is None
 
+def test_what_can_be_read_off(blobs):
+    v, y = blobs
+    own = np.arange(120)
+    assert read_off(v, v @ np.arange(8), own) > .99
+    noise = np.random.default_rng(1).normal(size=120)
+    assert read_off(v, noise, own) < .1, 'no better than the mean'
+    twins, value = np.repeat(np.random.default_rng(2).normal(size=(40, 60)), 3, 0), np.repeat(noise[:40], 3)
+    assert read_off(twins, value, own) > .9 and read_off(twins, value, own // 3) < .3, 'images of one patient stay together'
+    assert read_off(v[:4], noise[:4], np.arange(4)) is None
+
 def test_nearest_training_images(blobs):
     v, _ = blobs
     train, rows = np.arange(0, 120, 2), np.array([1, 7, 119])
@@ -188,12 +184,16 @@ def test_every_image_has_a_group_and_every_group_a_color(table):
     t = table.assign(label=[0, 0, 1, 1] * 50, prediction=[0, 1, 0, 1] * 50, subtype='')
     assert groups_of(t, 'answer').tolist()[:4] == ['right', 'false positive', 'false negative', 'right']
     assert groups_of(t, 'subtype').tolist()[:4] == ['normal', 'normal', 'not known', 'not known']
-    with pytest.raises(ValueError, match='class, subtype, split, answer'): groups_of(table, 'age')
+    fifths = groups_of(table, 'proportion')
+    assert (fifths == 'not measured').sum() == 20 and fifths.value_counts().drop('not measured').tolist() == [36] * 5
+    assert fifths.iloc[1] == 'narrowest fifth' and fifths.iloc[-1] == 'widest fifth'
+    with pytest.raises(ValueError, match='class, proportion, subtype, split, answer'): groups_of(table, 'age')
 
 def test_maps_are_drawn_with_all_points(table):
     import matplotlib.pyplot as plt
     xy = {'a': np.random.default_rng(0).normal(size=(len(table), 2)), 'b': np.zeros((len(table), 2))}
     for by in PALETTES:
         fig = plot_maps({'a': table, 'b': table}, xy, by, {'a': 'A', 'b': 'B'}, 'all')
-        assert [sum(len(line.get_xdata()) for line in ax.lines) for ax in fig.axes] == [len(table)] * 2 and [ax.get_title() for ax in fig.axes] == ['A', 'B']
+        assert [sum(len(line.get_xdata()) for line in ax.lines) for ax in fig.axes] == [len(table), len(table), 0] and [ax.get_title() for ax in fig.axes] == ['A', 'B', '']
+        assert [text.get_text() for text in fig.axes[-1].get_legend().texts] == [g for g in PALETTES[by] if g in set(groups_of(table, by))]
         plt.close(fig)

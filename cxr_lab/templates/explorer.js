@@ -84,6 +84,7 @@ async function start() {
   data = await new Response(unpacked).json();
   $('model').replaceChildren(...data.models.map((m, i) => new Option(m.title, i)));
   if (data.models.length > 1) $('model').value = 1;
+  $('by').replaceChildren(...Object.keys(data.palettes).map(name => new Option(name)));
   $('split').value = data.start;
   $('note').textContent = data.note;
   if (data.sprite) {
