@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OUTLINE_COLORS', 'ATTRIBUTION', 'SHIPPED', 'REASONS', 'Masks', 'pack', 'lung_outlines', 'draw_outlines',
            'import_keras', 'prepare', 'Segmenter', 'raw_masks', 'save_unet', 'load_segmenter', 'tidy', 'segment',
-           'mask_shape', 'mask_shapes', 'shape_limits', 'implausible', 'mask_cache', 'borrow_masks', 'save_masks',
-           'load_masks', 'UnetParts', 'train_unet', 'train_cached']
+           'surplus', 'deepest_features', 'mask_shape', 'mask_shapes', 'shape_limits', 'implausible', 'mask_cache',
+           'borrow_masks', 'save_masks', 'load_masks', 'vary_position', 'add_opacities', 'vary_exposure', 'add_clutter',
+           'vary', 'ahead', 'UnetParts', 'train_unet', 'train_cached']
 
 # %% ../nbs/lab/lungs.ipynb #ef116b4c
 import hashlib, json, logging, os, re, shutil, sys, time, zipfile
@@ -280,6 +281,35 @@ def segment(
     raw = raw_masks(segmenter, pixels, batch_size)
     return pack(tidy(raw[i]) for i in range(len(raw)))
 
+# %% ../nbs/lab/lungs.ipynb #lungrst2
+def _lower_end(mask):
+    "Mean of the lowest rows of both halves of an image, a share of its height."
+    ends = [np.flatnonzero(half.any(1)).max(initial=0) for half in np.hsplit(mask, 2)]
+    return np.mean(ends) / len(mask)
+
+def surplus(
+    outlines: np.ndarray, masks: np.ndarray,  # (n,S,S) bool
+) -> np.ndarray:  # (n,2): logarithm of the ratio of areas, difference of the lower ends
+    "How much larger outlines are than masks, and how much lower they end."
+    return np.array([(np.log(max(a.sum(), 1) / max(b.sum(), 1)), _lower_end(a) - _lower_end(b))
+                     for a, b in zip(outlines, masks)])
+
+def deepest_features(
+    segmenter: Segmenter,
+    pixels: np.ndarray,  # (N,1,H,W) uint8
+) -> np.ndarray:         # (N,4C) float32
+    "Features where the network is coarsest, averaged in each quarter of the image."
+    layers = [layer.output for layer in segmenter.network.layers if len(layer.output.shape) == 4]
+    side = min(x.shape[1] for x in layers)
+    last = [x for x in layers if x.shape[1] == side][-1]
+    encoder = import_keras().Model(segmenter.network.input, last)
+    ready, found = segmenter.prepare or partial(prepare, size=segmenter.size), []
+    for i in range(0, len(pixels), 32):
+        x = np.asarray(encoder.predict_on_batch(ready(np.array(pixels[i:i + 32]))))
+        quarters = x.reshape(len(x), 2, side // 2, 2, side // 2, -1).mean((2, 4))
+        found.append(quarters.reshape(len(x), -1))
+    return np.concatenate(found)
+
 # %% ../nbs/lab/lungs.ipynb #e75f80c6
 def mask_shape(
     mask: np.ndarray,  # (S,S) bool
@@ -417,6 +447,138 @@ def load_masks(
     for i in range(len(masks)): out[i, 0] = _resized(masks[i], size)
     return out
 
+# %% ../nbs/lab/lungs.ipynb #dcc534a6
+def _between(rng, low, high): return float(rng.uniform(low, high))
+
+def vary_position(
+    image: np.ndarray,    # (S,S) uint8
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> tuple[np.ndarray, np.ndarray]:  # the same, moved together
+    "Turned by up to 15 degrees, scaled 0.72 to 1.22, width and height apart too, sheared, shifted."
+    s = len(image)
+    zoom = np.exp(strength * _between(rng, np.log(.72), np.log(1.22)))
+    wide, high = zoom * np.exp(strength * rng.uniform(-.15, .15, 2))
+    a, shear = strength * np.deg2rad(_between(rng, -15, 15)), strength * _between(rng, -.08, .08)
+    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+    turn = turn @ np.array([[wide, shear], [0, high]])
+    center = np.array([s, s]) / 2
+    M = np.c_[turn, center + strength * rng.uniform(-.09, .09, 2) * s - turn @ center]
+    edge = dict(borderMode=cv2.BORDER_REPLICATE)
+    if rng.random() >= .6:
+        edge = dict(borderMode=cv2.BORDER_CONSTANT, borderValue=int(rng.choice([0, 0, 20, 255])))
+    moved = cv2.warpAffine(outline.astype(np.uint8) * 255, M, (s, s), flags=cv2.INTER_LINEAR)
+    return cv2.warpAffine(image, M, (s, s), flags=cv2.INTER_LINEAR, **edge), moved > 127
+
+# %% ../nbs/lab/lungs.ipynb #810588ef
+def _patch(rng, s, center, low, high):
+    "(s,s) float32, 0 to 1: a soft ellipse with axes of low to high times the side."
+    canvas = np.zeros((64, 64), np.float32)
+    axes = np.maximum(1, rng.uniform(low, high, 2) * 64).astype(int)
+    cv2.ellipse(canvas, (int(center[1] * 64 / s), int(center[0] * 64 / s)),
+                (int(axes[0]), int(axes[1])), _between(rng, 0, 180), 0, 360, 1, -1)
+    return cv2.resize(cv2.GaussianBlur(canvas, (0, 0), _between(rng, .5, 4)), (s, s),
+                      interpolation=cv2.INTER_LINEAR)
+
+def add_opacities(
+    x: np.ndarray,        # (S,S) float32, 0 to 1
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> np.ndarray:          # as x
+    "White patches in the lungs of every other image, as of a consolidation or an effusion."
+    inside = np.flatnonzero(outline)
+    if len(inside) and rng.random() < .45 * strength:
+        for _ in range(rng.integers(1, 4)):
+            center = divmod(int(rng.choice(inside)), len(x))
+            patch = _patch(rng, len(x), center, *((.12, .3) if rng.random() < .25 else (.03, .14)))
+            dense = _between(rng, .3, .95)
+            white = float(np.quantile(x[::4, ::4], _between(rng, .55, .95)))
+            x = x + patch * dense * (white - x)
+    return x
+
+def vary_exposure(
+    x: np.ndarray,        # (S,S) float32, 0 to 1
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> np.ndarray:          # not limited to 0 to 1
+    "Film curve, haze, contrast, brightness, sharpness, noise; sometimes histogram-equalized."
+    s = len(x)
+    def as_bytes(): return (x.clip(0, 1) * 255).astype(np.uint8)
+    if rng.random() < .08 * strength: x = cv2.equalizeHist(as_bytes()).astype(np.float32) / 255
+    elif rng.random() < .1 * strength:
+        x = cv2.createCLAHE(_between(rng, 1, 4), (8, 8)).apply(as_bytes()).astype(np.float32) / 255
+    x = x.clip(1e-4, 1) ** np.exp(strength * _between(rng, -.7, .7))
+    if rng.random() < .6:
+        n = int(rng.integers(2, 6))
+        x = x + strength * _between(rng, 0, .16) * cv2.resize(
+            rng.normal(0, 1, (n, n)).astype(np.float32), (s, s), interpolation=cv2.INTER_CUBIC)
+    mean = float(x.mean())
+    contrast = np.exp(strength * _between(rng, -1.2, .4))
+    x = (x - mean) * contrast + mean + strength * _between(rng, -.2, .2)
+    if rng.random() < .3 * strength: x = cv2.GaussianBlur(x, (0, 0), _between(rng, .4, 1.8))
+    elif rng.random() < .2 * strength:
+        x = x + _between(rng, .3, 1.5) * (x - cv2.GaussianBlur(x, (0, 0), _between(rng, .8, 2.5)))
+    if rng.random() < .6:
+        x = x + strength * _between(rng, 0, .06) * rng.standard_normal(x.shape, np.float32)
+    return x
+
+def add_clutter(
+    x: np.ndarray,        # (S,S) float32
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,
+) -> tuple[np.ndarray, np.ndarray]:  # the same kinds
+    "Cables, a label, collimation; what collimation hides is no longer in the outline."
+    s = len(x)
+    if rng.random() < .25 * strength:
+        for _ in range(rng.integers(1, 4)):
+            p, t = rng.uniform(0, 1, (3, 2)) * s, np.linspace(0, 1, 24)[:, None]
+            curve = ((1 - t)**2 * p[0] + 2 * t * (1 - t) * p[1] + t**2 * p[2]).astype(np.int32)
+            x = np.ascontiguousarray(x)
+            cv2.polylines(x, [curve], False, _between(rng, .6, 1), int(rng.integers(1, 3)),
+                          cv2.LINE_AA)
+    if rng.random() < .25 * strength:
+        (top, left), (h, w) = rng.integers(0, s, 2), rng.integers(s // 30, s // 8, 2)
+        x[top:top + h, left:left + w] = _between(rng, 0, 1)
+    if rng.random() < .25 * strength:
+        t, b, l, r = (rng.uniform(0, .14, 4) * (rng.random(4) < .6) * s).astype(int)
+        field = np.zeros(x.shape, bool)
+        field[t:s - b, l:s - r] = True
+        frame = _between(rng, 0, .15) if rng.random() < .8 else 1.
+        x, outline = np.where(field, x, frame), outline & field
+    return x, outline
+
+def vary(
+    image: np.ndarray,    # (S,S) uint8
+    outline: np.ndarray,  # (S,S) bool
+    rng: np.random.Generator,
+    strength: float = 1.,  # 0: hardly at all
+) -> tuple[np.ndarray, np.ndarray]:  # the same kinds
+    "One image and its outline as the training shows them this time."
+    image, outline = vary_position(image, outline, rng, strength)
+    x = add_opacities(image.astype(np.float32) / 255, outline, rng, strength)
+    x, outline = add_clutter(vary_exposure(x, rng, strength), outline, rng, strength)
+    return (x.clip(0, 1) * 255).astype(np.uint8), outline
+
+# %% ../nbs/lab/lungs.ipynb #lungvar4
+def ahead(
+    make,   # item -> what is to be yielded
+    items,  # iterable
+    workers: int = 2,  # threads
+):
+    "Yields `make(item)` of each item, in order, while threads make the next ones."
+    waiting = []
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > workers: yield waiting.pop(0).result()
+            while waiting: yield waiting.pop(0).result()
+        finally:
+            for f in waiting: f.cancel()
+
 # %% ../nbs/lab/lungs.ipynb #c7b698d4
 class UnetParts(NamedTuple):
     "What a lung network is trained by."
@@ -462,15 +624,15 @@ def _checkpoint(folder, network, history):
     for old in sorted(folder.glob('epoch_*'))[:-1]: shutil.rmtree(old)
 
 # %% ../nbs/lab/lungs.ipynb #25b71c57
-def _card(data, fit, check, recipe, history):
+def _card(data, fit, check, recipe, history, title):
     "What is said of a network that was trained here."
     kind = data.source.kind
     whose = f'{len(fit)} outlined images of {data.index.patient[fit].nunique()} patients'
     return dict(
-        title='cxr_lab lung U-Net', licence='CC BY 4.0',
+        title=title, licence='CC BY 4.0',
         trained_on='phantoms' if kind == 'phantom' else f'{kind}: {whose}',
         data=None if kind == 'phantom' else ATTRIBUTION,
-        recipe={**recipe, 'widths': list(recipe['widths'])},
+        recipe={k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
         images_sha256=fingerprint(data.index), keras=import_keras().__version__,
         history=history.to_dict('records'), held_out=sorted(set(data.index.patient[check])))
 
@@ -481,6 +643,8 @@ def train_cached(
     recipe: dict,        # see train_unet
     parts: UnetParts,
     fresh: bool = False, # train again what is complete, too
+    place: str = 'unet', # folder of the cache
+    title: str = 'cxr_lab lung U-Net',
 ) -> Path:               # lungs.keras, with its card beside it
     "The network of this recipe, trained unless the same images and code have made it already."
     fit, check = (np.flatnonzero(have & (data.index.split == s)) for s in ('train', 'validation'))
@@ -494,8 +658,9 @@ def train_cached(
     def make(folder):
         write_json(folder/'recipe.json', facts)
         network, history = train_unet(folder, pixels, outlines, fit, check, recipe, parts)
-        save_unet(folder/'lungs.keras', network, _card(data, fit, check, recipe, history))
+        card = _card(data, fit, check, recipe, history, title)
+        save_unet(folder/'lungs.keras', network, card)
         for checkpoint in folder.glob('epoch_*'): shutil.rmtree(checkpoint)
-    found = stored(cache_dir()/'unet', facts, make, 'the lung network', fresh, resumable=True)
+    found = stored(cache_dir()/place, facts, make, 'the lung network', fresh, resumable=True)
     if found.kept: print(f'lung network {found.kept}')
     return found.folder/'lungs.keras'

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'reference_unet', 'git_blob_id', 'fetch_reference', 'load_reference', 'equalize', 'reference_statistics',
-           'prepare_reference', 'clean_reference', 'segment_reference', 'open_unet']
+           'prepare_reference', 'clean_reference', 'segment_reference', 'reduced_reference', 'reference_parts',
+           'open_unet', 'reference_or_trained']
 
 # %% ../nbs/lab/reference.ipynb #996ad491
 import hashlib, json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import cv2
 import numpy as np
 
 from .images import resume_download
-from .lungs import Segmenter, import_keras, load_segmenter
+from .lungs import (
+    Segmenter, UnetParts, import_keras, load_segmenter, raw_masks, train_cached)
 from .runs import atomic_path, progress
 from .stored import cache_dir
 
@@ -26,15 +29,16 @@ REFERENCE = dict(
     url='https://github.com/imlab-uiip/lung-segmentation-2d/raw/master/trained_model.hdf5',
     trained_on='JSRT and Montgomery (adults)', saved_by='Keras 2.0.4')
 
-# -> keras.Model, (N,256,256,1) float32, standardized -> (N,256,256,1), probability of lung
-def reference_unet():
+def reference_unet(
+    size: int = 256,  # pixels, divisible by 16; the published weights were trained at 256
+):                    # keras.Model, (N,size,size,1) float32, standardized -> probability of lung
     "The architecture of the reference, untrained: 3x3 convolutions, nearest-neighbor upsampling."
     keras = import_keras()
     layers = keras.layers
     def convolve(x, *widths):
         for width in widths: x = layers.Conv2D(width, 3, padding='same', activation='relu')(x)
         return x
-    x = image = keras.Input((256, 256, 1))
+    x = image = keras.Input((size, size, 1))
     levels = []
     for width in (32, 64, 64, 128):
         x = convolve(x, width, width)
@@ -233,6 +237,40 @@ def segment_reference(
         masks[i:i + batch_size] = [clean_reference(p) for p in probability[..., 0]]
     return masks
 
+# %% ../nbs/lab/reference.ipynb #refours2
+def reduced_reference(
+    by: int = 4,  # the side is divided by this
+):                # keras.Model, (N,256,256,1) -> (N,256,256,1)
+    "The architecture of the reference, untrained, between a reduction and an enlargement."
+    keras = import_keras()
+    layers, image = keras.layers, keras.Input((256, 256, 1))
+    answer = reference_unet(256 // by)(layers.AveragePooling2D(by)(image))
+    return keras.Model(image, layers.UpSampling2D(by, interpolation='bilinear')(answer))
+
+def reference_parts(
+    loss,              # (B,S,S,1) outlines, probabilities -> (B,)
+    agreement,         # (N,S,S) bool, (N,S,S) bool -> (N,)
+    mean: float, std: float,  # of reference_statistics
+) -> UnetParts:        # the recipe has by, lr, batch_size, seed; images have 256 pixels
+    "What train_unet needs to train the reduced reference, with the reference's preparation."
+    ready = partial(prepare_reference, mean=mean, std=std)
+    def start(recipe, steps, passes):
+        network = reduced_reference(recipe['by'])
+        network.compile(import_keras().optimizers.Adam(recipe['lr']), loss, jit_compile=False)
+        return network
+    def one_pass(network, pixels, outlines, rows, recipe, epoch, passes):
+        order = np.random.default_rng([recipe['seed'], epoch]).permutation(rows)
+        batch, losses = recipe['batch_size'], []
+        for i in progress(range(0, len(order) - batch + 1, batch), 'reference, trained here'):
+            some = order[i:i + batch]
+            y = outlines[some][..., None].astype(np.float32)
+            losses.append(float(network.train_on_batch(ready(np.array(pixels[some])), y)))
+        return float(np.mean(losses))
+    def watch(network, pixels, outlines):
+        found = raw_masks(Segmenter(network, prepare=ready), pixels)[:]
+        return dict(dice=float(agreement(found, outlines).mean()) if len(found) else 0.)
+    return UnetParts(start, one_pass, watch)
+
 # %% ../nbs/lab/reference.ipynb #873113ce
 def open_unet(
     # shipped | reference | path of a .keras file, or of an .hdf5 file of the reference
@@ -250,3 +288,23 @@ def open_unet(
                      dict(title=REFERENCE['title'], trained_on=REFERENCE['trained_on'],
                           licence=REFERENCE['licence']),
                           partial(prepare_reference, mean=mean, std=std))
+
+# %% ../nbs/lab/reference.ipynb #refours5
+def reference_or_trained(
+    data,                # Dataset of lesson 00
+    pixels: np.ndarray,  # (N,1,256,256) uint8
+    outlines,            # Masks, N of 256 pixels
+    use: np.ndarray,     # (N,) bool: outlined images to train on, and to watch
+    recipe: dict,        # size (256), by, shown, batch_size, lr, seed
+    loss, agreement,     # of reference_parts
+) -> Segmenter | None:   # None: neither weights nor outlines
+    "The published network where its weights are; else its architecture, trained once and kept."
+    weights = cache_dir()/'weights'/REFERENCE['file']
+    if weights.is_file(): return open_unet(str(weights), pixels)
+    rows = np.flatnonzero(use & (data.index.split == 'train'))
+    if len(rows) < recipe['batch_size']: return None
+    mean, std = reference_statistics(pixels[rows])
+    file = train_cached(data, pixels, outlines, use, recipe,
+                        reference_parts(loss, agreement, mean, std), place='reference',
+                        title=f'the architecture of {REFERENCE["title"]}, trained here')
+    return replace(load_segmenter(file), prepare=partial(prepare_reference, mean=mean, std=std))
