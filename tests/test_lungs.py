@@ -13,9 +13,9 @@ from cxr_lab import lungs
 from cxr_lab.films import square
 from cxr_lab.images import Source
 from cxr_lab.lungs import (
-    SHIPPED, Segmenter, borrow_masks, draw_outlines, implausible, import_keras, load_masks,
-    load_segmenter, lung_outlines, mask_cache, mask_shape, mask_shapes, pack, prepare, save_masks,
-    save_unet, segment, shape_limits, tidy)
+    SHIPPED, Segmenter, ahead, borrow_masks, deepest_features, draw_outlines, implausible,
+    import_keras, load_masks, load_segmenter, lung_outlines, mask_cache, mask_shape, mask_shapes,
+    pack, prepare, save_masks, save_unet, segment, shape_limits, surplus, tidy)
 from cxr_lab.runs import MissingUpstream, Step, read_json
 from cxr_lab.segment import build_unet, dice
 
@@ -349,3 +349,32 @@ def test_masks_of_other_images_damaged_or_missing_masks_are_refused(run):
     with pytest.raises(ValueError, match='damaged.*run 07_segment again'): load_masks(step)
     file.unlink()
     with pytest.raises(MissingUpstream, match='run notebook 07_segment first'): load_masks(step)
+
+
+# Threads that run ahead, and what an outline has that a mask has not
+
+def test_ahead_keeps_the_order_makes_little_in_advance_and_passes_errors_on():
+    made = []
+    def make(i):
+        made.append(i)
+        if i == 5: raise KeyError(i)
+        return i * i
+    found = ahead(make, iter(range(100)), 3)
+    assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
+    with pytest.raises(KeyError): next(found)
+    assert max(made) <= 5 + 3, 'not more than the threads are ahead'
+
+def test_surplus_of_outlines_that_are_larger_or_lower():
+    mask = np.zeros((2, 100, 100), bool)
+    mask[:, 20:60, 10:40] = mask[:, 20:60, 60:90] = True
+    larger, lower = mask.copy(), np.roll(mask, 7, axis=1)
+    larger[:, 20:60, 40:50] = True
+    assert np.allclose(surplus(mask, mask), 0) and np.allclose(surplus(lower, mask), [[0, .07]] * 2)
+    assert np.allclose(surplus(larger, mask), [[np.log(7 / 6), 0]] * 2)
+    assert np.isfinite(surplus(mask & False, mask)).all()
+
+def test_deepest_features_are_of_the_last_layer_at_the_coarsest_size_and_in_order():
+    segmenter = Segmenter(build_unet(32, (4, 8, 6)))
+    images = np.random.default_rng(0).integers(0, 256, (35, 1, 32, 32), np.uint8)
+    found = deepest_features(segmenter, images)
+    assert found.shape == (35, 4 * 8) and np.allclose(found[33:], deepest_features(segmenter, images[33:]), atol=1e-5)

@@ -405,4 +405,47 @@ def test_offline(monkeypatch, tmp_path):
         with pytest.raises(OSError, match='could not be downloaded.*network.*by hand.*load_reference'): fetch_reference(tmp_path/'w')
     assert names(tmp_path/'w') == []
 
+# Where the weights are not at hand
+
+@pytest.fixture
+def asked(chests, tmp_path, monkeypatch):
+    "A call of `reference_or_trained` in an empty cache, on phantoms, at a sixteenth of the side."
+    import cv2
+    from cxr_lab.lungs import pack
+    monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
+    data, outlines, have = chests
+    large = pack(cv2.resize(m.astype(np.uint8), (256, 256)) > 0 for m in outlines[:])
+    use = np.zeros(len(data.index), bool)
+    use[data.rows('train')[:12]] = use[data.rows('validation')[:3]] = True
+    recipe = dict(size=256, by=16, shown=24, batch_size=4, lr=1e-4, seed=0)
+    def loss(y, p): return reference.import_keras().losses.binary_crossentropy(y, p)
+    def same(a, b): return (a == b).mean((1, 2))
+    def ask(use=use): return reference.reference_or_trained(data, data.pixels, large, use, recipe, loss, same)
+    return data, use, ask
+
+def test_its_design_is_trained_once_where_its_weights_are_not(asked, monkeypatch):
+    data, use, ask = asked
+    first = ask()
+    history = first.card['history']
+    assert first.card['title'] == 'the architecture of lung-segmentation-2d, trained here' and len(history) == 2
+    assert history[1]['loss'] < history[0]['loss'] and 0 < history[1]['dice'] < 1
+    assert set(first.card['held_out']) == set(data.index.patient[data.rows('validation')[:3]])
+    p = first(data.pixels[:3])
+    assert p.shape == (3, 256, 256) and 0 < p.min() and p.max() < 1
+    mean, std = reference_statistics(data.pixels[np.flatnonzero(use & (data.index.split == 'train'))])
+    assert np.allclose(first.prepare(data.pixels[:2]), prepare_reference(data.pixels[:2], mean, std))
+    monkeypatch.setattr('keras.utils.set_random_seed', lambda *a: pytest.fail('trained again'))
+    assert ask().digest == first.digest
+    assert first.network.count_params() == reference_unet().count_params()
+
+def test_published_weights_are_used_where_they_are(asked, tmp_path):
+    data, _, ask = asked
+    (tmp_path/'weights').mkdir()
+    reference_unet().save(tmp_path/'weights'/'trained_model.hdf5')
+    assert ask().card['title'] == 'lung-segmentation-2d' and not (tmp_path/'reference').exists()
+
+def test_without_weights_and_outlines_there_is_nothing(asked):
+    data, use, ask = asked
+    assert ask(use & False) is None
+
 def test_pinned(): assert reference.REFERENCE['blob'] == 'fdb8dfcedc9512e8d2d3146b2ce32e35faaf2d34' and 'imlab-uiip/lung-segmentation-2d' in reference.REFERENCE['url']
