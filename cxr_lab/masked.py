@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from .gradcam import overlay, scale_map
-
 # %% ../nbs/08_masked.ipynb #vw08vie1
 VIEWS = {'crop': "crop to the lungs' box", 'lungs': 'lungs only', 'removed': 'lungs removed',
          'silhouette': 'silhouette'}
@@ -103,12 +101,13 @@ def plot_gap(
 
 # %% ../nbs/08_masked.ipynb #26db826d
 def show_side_by_side(
-    rows,         # per image: title, and (pixels (H,W) uint8, map (H,W), caption) for each model
-    models,       # names of the models, two columns each
+    rows,    # per image: its title, and (pixels (H,W) uint8, map (H,W), caption) for each model
+    models,  # their names, two columns each
     suptitle: str = '',
 ):
     "A row per image, for each model its input and its map laid over it; returns the figure."
     import matplotlib.pyplot as plt
+    from cxr_lab.gradcam import overlay, scale_map
     fig, axs = plt.subplots(len(rows), 2 * len(models), dpi=110, squeeze=False,
                             figsize=(4 * len(models), 2.3 * len(rows)), layout='constrained')
     for line, (title, cells) in zip(axs, rows):
@@ -117,8 +116,7 @@ def show_side_by_side(
             b.imshow(overlay(pixels, scale_map(heat)))
             a.set_title(f'{model}\n{title}', fontsize=8, loc='left')
             b.set_title(caption, fontsize=8, loc='left')
-            if not heat.any():
-                b.text(.5, .5, 'all-zero map', color='white', ha='center', transform=b.transAxes)
+            if not heat.any(): b.text(.1, .5, 'all-zero map', color='white', transform=b.transAxes)
     for ax in axs.flat: ax.axis('off')
-    fig.suptitle(suptitle, fontsize=11)
+    fig.suptitle(suptitle)
     return fig
