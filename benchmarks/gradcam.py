@@ -1,4 +1,4 @@
-"Grad-CAM: cxr_lab.gradcam and the package grad-cam, in turns, on the same model, layer and images; every process's memory apart."
+"Grad-CAM: cxr_lab.maps and the package grad-cam, in turns, on the same model, layer and images; every process's memory apart."
 import gc, os, statistics, subprocess, sys, time
 from functools import partial
 
@@ -23,7 +23,7 @@ def makers(name, batch):
     "A function from images to maps for each side, made once, as a user who explains a data set would; and the images."
     from pytorch_grad_cam import GradCAM as Peer
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    from cxr_lab.gradcam import GradCAM
+    from cxr_lab.maps import GradCAM
     model, layer, x = case(name, batch)
     return dict(ours=lambda: partial(ours, GradCAM(model, layer).__enter__()),
                 theirs=lambda: partial(theirs, Peer(model=model, target_layers=[model.get_submodule(layer)]), [ClassifierOutputTarget(1)]*batch)), x
@@ -31,7 +31,7 @@ def makers(name, batch):
 def same(name, batch):
     "Largest difference of the two sides' maps, each scaled to a maximum of 1; the peer subtracts the minimum and scales before it enlarges, so the same is done to the raw maps."
     import cv2, numpy as np
-    from cxr_lab.gradcam import GradCAM
+    from cxr_lab.maps import GradCAM
     make, x = makers(name, batch)
     peer = make['theirs']()(x)
     assert peer.reshape(batch, -1).max(1).min() > .9, 'an empty map'

@@ -8,7 +8,7 @@ start()
 # name -> module that is imported when the name is asked for: PyTorch alone takes seconds
 _MODULES = {
     'Predictor': 'predict', 'predict_files': 'answers', 'load_dataset': 'data',
-    'build_model': 'model', 'load_model': 'model', 'GradCAM': 'gradcam', 'score': 'scores',
+    'build_model': 'model', 'load_model': 'model', 'GradCAM': 'maps', 'score': 'scores',
     'intervals': 'scores', 'make_phantom': 'phantom', 'run_pipeline': 'pipeline'}
 __all__ = ['__version__', *_MODULES]
 

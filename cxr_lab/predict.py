@@ -32,10 +32,11 @@ from .cores import no_search_for_garbage
 with no_search_for_garbage():
     from cxr_lab.data import Dataset
     from cxr_lab.films import ASPECTS, MAX_PIXELS, Film, Refused, find_films, read_film, to_gray
-    from cxr_lab.gradcam import GradCAM, Maps, overlay, scale_map
+    from cxr_lab.gradcam import overlay, scale_map
     from cxr_lab.images import find_data, pixel_cache
     from cxr_lab.lungs import (OUTLINE_COLORS, Segmenter, implausible, load_segmenter, mask_shape,
                                tidy)
+    from cxr_lab.maps import GradCAM, Maps
     from cxr_lab.masked import VIEWS, look, look_at_all
     from cxr_lab.model import load_model
     from cxr_lab.networks import to_float

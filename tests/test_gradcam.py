@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_lab import gradcam
-from cxr_lab.gradcam import (GradCAM, auc, baseline_maps, deletion_insertion, explain, layer_candidates, lung_mass_ratio, marker_boxes, marker_datasets, overlay, pick_samples, pointing_game,
-                             scale_map)
+from cxr_lab.data import index_images
+from cxr_lab.gradcam import (auc, baseline_maps, blur, center, cover, deletion_insertion, forgetting, log_odds, lung_mass_ratio, overlay, pick_samples, pointing_game,
+                             randomization_check, scale_map, similarity)
+from cxr_lab.images import pixel_cache
+from cxr_lab.maps import GradCAM, explain, layer_candidates, marked_phantoms, marker_boxes
 from cxr_lab.model import SmallCNN, build_model
 from cxr_lab.networks import to_float
 from cxr_lab.phantom import make_phantom, write_marked
@@ -691,6 +693,69 @@ def test_baseline_maps():
     with pytest.raises(ValueError, match='random.*gaussian.*sobel'): baseline_maps(p, 'centre', 0)
 
 
+def test_cover_takes_the_hottest_part_and_nothing_else():
+    p, rng = pixels_of(3, (16, 20)), np.random.default_rng(5)
+    m = rng.permutation(3 * 320).reshape(3, 16, 20).astype(np.float32)
+    for share in (0, .1, .5, 1):
+        out = cover(p, m, share)
+        n = round(share * 320)
+        for before, after, heat in zip(p[:, 0], out[:, 0], m):
+            hot = heat >= np.sort(heat.ravel())[::-1][n - 1] if n else np.zeros(heat.shape, bool)
+            assert np.array_equal(after[hot], blur(before)[hot]) and np.array_equal(after[~hot], before[~hot])
+    assert out.dtype == np.uint8 and out.shape == p.shape
+    with pytest.raises(ValueError): cover(p, m[:2], .1)
+
+def test_center():
+    m = np.zeros((3, 10, 20), np.float32)
+    m[0, 4, 7], m[1] = 1e-20, 5
+    c = center(m)
+    assert c[0] == pytest.approx([.45, .375]) and c[1] == pytest.approx([.5, .5]) and np.isnan(c[2]).all()
+    assert center(m * 9)[:2] == pytest.approx(c[:2])
+    both = np.zeros((1, 10, 10))
+    both[0, 0, 0], both[0, 9, 9] = 1, 3
+    assert center(both)[0] == pytest.approx([.05 + .75 * .9] * 2)
+
+def test_log_odds_are_what_the_softmax_came_from():
+    z = np.linspace(-9, 9, 7)
+    assert log_odds(1 / (1 + np.exp(-z))) == pytest.approx(z)
+
+
+# Forgetting
+
+def test_forgetting_goes_from_the_head_down_and_leaves_the_dice():
+    model = network(dtype=torch.float32)
+    before, dice = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    changed, names = [], []
+    for name in forgetting(model, 3):
+        names.append(name)
+        changed.append({k for k, v in model.state_dict().items() if not torch.equal(v, before[k])})
+    assert torch.equal(torch.get_rng_state(), dice) and names[0] == 'head' and names[-1].startswith('stem')
+    assert all(a < b for a, b in zip(changed, changed[1:])) and {k.split('.')[0] for k in changed[0]} == {'head'}
+    assert {n + '.weight' for n in names} <= changed[-1]
+    twin = network(dtype=torch.float32)
+    for _ in forgetting(twin, 3): pass
+    assert all(map(torch.equal, model.state_dict().values(), twin.state_dict().values()))
+
+def test_similarity_against_scipy_and_what_has_none():
+    from scipy.stats import spearmanr
+    model, p = network(dtype=torch.float32), pixels_of(4)
+    a, b = (explain(model, p, 1, layer) for layer in ('blocks', 'blocks'))
+    b = type(b)(b.raw[::-1].copy(), b.size, b.classes, b.probabilities)
+    rank, ssim = similarity(a, b)
+    assert rank == pytest.approx([spearmanr(u.ravel(), v.ravel()).statistic for u, v in zip(a.raw, b.raw)])
+    assert (np.abs(ssim) <= 1).all() and similarity(a, a)[0] == pytest.approx(np.ones(4)) and similarity(a, a)[1] == pytest.approx(np.ones(4), abs=1e-4)
+    a.raw[1] = 0
+    assert np.isnan([s[1] for s in similarity(a, b)]).all() and not np.isnan(similarity(a, b)[0][[0, 2, 3]]).any()
+
+def test_the_check_forgets_in_a_copy():
+    model, p = network(dtype=torch.float32), pixels_of(3)
+    with unchanged(model): check = randomization_check(model, p, repeats=2)
+    assert list(check) == ['repeat', 'forgotten', 'layer', 'image', 'spearman', 'ssim']
+    layers = check.layer.nunique()
+    assert len(check) == 2 * layers * 3 and check.forgotten.max() == layers and check[check.forgotten == 1].layer.eq('head').all()
+    pd.testing.assert_frame_equal(check, randomization_check(model, p, repeats=2))
+
+
 # Samples
 
 def table(cells):
@@ -757,10 +822,11 @@ def test_sets_with_other_letters_are_the_same_children(tmp_path, monkeypatch):
     "Far from the letter they are equal; in its corner, whoever has it is brighter."
     monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
     monkeypatch.setattr('cxr_lab.phantom.write_marked', partial(write_marked, size=64))
-    ill, well = marker_datasets((1., -1.), n=60, size=64)
-    assert ill.index.drop(columns=['bytes', 'sha256']).equals(well.index.drop(columns=['bytes', 'sha256'])) and len(ill.index) == 102
-    assert {'train', 'validation', 'test'} <= set(ill.index.split)
-    apart, box = ill.pixels[:, 0].astype(int) - well.pixels[:, 0], marker_boxes(102, 64)
+    sources = marked_phantoms((1., -1.), n=60)
+    (ill, x), (well, z) = ((index, pixel_cache(s.images, index, 64)[:, 0].astype(int)) for s in sources for index in [index_images(s.images)[0]])
+    assert ill.drop(columns=['bytes', 'sha256']).equals(well.drop(columns=['bytes', 'sha256'])) and len(ill) == 102
+    apart, box = x - z, marker_boxes(102, 64)
     assert not apart[:, 32:, 32:].any()
     brighter = apart[box].reshape(102, -1).sum(1) > 0
-    assert (brighter == (ill.labels == 1)).all()
+    assert (brighter == (ill.label == 1)).all()
+    assert all((s.lung_masks/p).with_suffix('.png').is_file() for s in sources for p in ill.path)

@@ -416,8 +416,8 @@ def test_subtle_opacities_are_fainter_and_lie_where_they_lay():
         assert 2 < rise[1] < .7*rise[0]
 
 def test_the_letters_of_lesson_06_come_without_the_clue(tmp_path, monkeypatch):
-    from cxr_lab.gradcam import marker_datasets
+    from cxr_lab.maps import marked_phantoms
     monkeypatch.setenv('CXR_LAB_CACHE', str(tmp_path))
-    for data in marker_datasets((1., 0.), 40, size=32):
-        made = read_json(data.source.images.parent/'phantom.json')
-        assert made['film_clue'] == made['subtlety'] == 0 and {r['film'] for r in rows(data.source.images.parent)} == {'1.0'}
+    for source in marked_phantoms((1., 0.), 40):
+        made = read_json(source.images.parent/'phantom.json')
+        assert made['film_clue'] == made['subtlety'] == 0 and {r['film'] for r in rows(source.images.parent)} == {'1.0'}

@@ -17,7 +17,7 @@ from cxr_lab import predict as P
 from cxr_lab.answers import predict_files, read_table
 from cxr_lab.data import Dataset, split_validation
 from cxr_lab.films import Refused, square
-from cxr_lab.gradcam import explain as gradcam_explain
+from cxr_lab.maps import explain as gradcam_explain
 from cxr_lab.images import Source, pixel_cache
 from cxr_lab.masked import look_at_all
 from cxr_lab.model import build_model, load_model, overfit_one_batch

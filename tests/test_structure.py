@@ -12,7 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 WIDTH = 100
 LESSONS = [p.stem[3:] for p in sorted((REPO/'nbs').glob('[0-9][0-9]_*.ipynb'))]  # in their order
 GROUND = ['runs', 'edits', 'knobs', 'cores', 'kept', 'stored', 'phantom', 'films', 'images', 'scores', 'trainer',
-          'networks', 'lungs', 'reference', 'explorable']  # of nbs/lab: what lessons may import besides lower lessons
+          'networks', 'maps', 'lungs', 'reference', 'explorable']  # of nbs/lab: what lessons may import besides lower lessons
 
 CIRCLES_OPEN = set()
 PRIVATE_OPEN = set()  # module, where the name is from, name
