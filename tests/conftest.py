@@ -1,9 +1,11 @@
 "What the tests share: a cache of their own, no progress bars, a small phantom data set, a data set in memory."
-import os, shutil, tempfile
+import gc, os, shutil, tempfile
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+
+gc.disable()  # until all tests are there: what is imported stays
 
 _CACHE = tempfile.mkdtemp(prefix='cxr_lab-tests-')
 os.environ.update(CXR_LAB_CACHE=_CACHE, CXR_LAB_PROGRESS='0', MPLBACKEND='Agg')
@@ -23,6 +25,11 @@ def pytest_xdist_auto_num_workers(config): return _CORES
 def pytest_collection_modifyitems(items):
     "What takes longest starts first, so that no worker is left alone with it at the end."
     items.sort(key=lambda item: item.get_closest_marker('integration') is None)
+
+def pytest_collection_finish(session):
+    "PyTorch and the tests stay: nobody has to look through them for garbage."
+    gc.freeze()
+    gc.enable()
 
 def pytest_unconfigure(config): shutil.rmtree(_CACHE, ignore_errors=True)
 

@@ -9,6 +9,7 @@ REPO = Path(__file__).resolve().parent.parent
 LAB = {path.stem: path for path in sorted((REPO/'nbs'/'lab').glob('*.ipynb'))}
 SLOW = {  # what takes more than 20 seconds of processor time, and why
     'predict': 'draws 296 phantoms, trains on them, answers about folders of films',
+    'reference': 'saves and opens the published network (5 million weights at 256 pixels), and asks it',
     'sweep': 'four sweeps, and a kernel for each of their steps',
     'unusual': 'draws 240 phantoms, learns what is usual, and asks it about ten kinds of images',
 }
