@@ -101,7 +101,7 @@ def deal_anew(
     patients: np.ndarray,  # (N,) str
     seed: int = 0,
 ) -> np.ndarray:           # (N,) labels; all images of a patient have the same
-    "A control: the labels of the patients, shuffled among them."
+    "A control: the labels of the patients (the first of each), shuffled among them."
     own = pd.Series(labels).groupby(np.asarray(patients)).first()
     dealt = np.random.default_rng(seed).permutation(own)
     return pd.Series(dealt, index=own.index)[np.asarray(patients)].to_numpy()
