@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELLS', 'scale_map', 'overlay', 'show_explained', 'confusion_cells', 'pick_samples', 'lung_mass_ratio',
            'baseline_maps', 'blur', 'cover', 'deletion_insertion', 'auc', 'mean_interval', 'forgetting', 'similarity',
-           'randomization_check', 'pointing_game', 'center', 'log_odds']
+           'randomization_check', 'pointing_game', 'log_odds', 'center']
 
 # %% ../nbs/06_gradcam.ipynb #9d9b9f9b
 import copy
@@ -253,6 +253,11 @@ def pointing_game(
     flat = maps.reshape(len(maps), -1)
     return masks.reshape(len(masks), -1)[np.arange(len(flat)), flat.argmax(1)] & flat.any(1)
 
+# %% ../nbs/06_gradcam.ipynb #maps0066
+def log_odds(p: np.ndarray) -> np.ndarray:
+    "Probabilities without their ends: equal steps are equal evidence."
+    return np.log(p / (1 - p))
+
 # %% ../nbs/06_gradcam.ipynb #maps0046
 def center(
     maps: np.ndarray,  # (N,H,W), not negative
@@ -263,7 +268,3 @@ def center(
         share = maps / maps.sum((1, 2), keepdims=True, dtype=np.float64)
     return np.stack([share.sum(2) @ ((np.arange(h) + .5) / h),
                      share.sum(1) @ ((np.arange(w) + .5) / w)], 1)
-
-def log_odds(p: np.ndarray) -> np.ndarray:
-    "Probabilities without their ends: equal steps are equal evidence."
-    return np.log(p / (1 - p))
