@@ -13,9 +13,9 @@ import site_check
 from cxr_lab.model import build_model
 from cxr_lab.networks import predict, to_float
 from cxr_lab.runs import CLASSES
-from cxr_lab.explorable import vectors_of
-from cxr_lab.tsne import (PALETTES, agreement, embed, groups_of, head_of, inputs_of, nearest_training, pca_map, plot_maps, read_off,
-                          separation, told_apart, tsne_map)
+from cxr_lab.explorable import plot_maps, vectors_of
+from cxr_lab.tsne import (PALETTES, agreement, embed, groups_of, head_of, inputs_of, nearest_training, pca_map, read_off, separation,
+                          told_apart, tsne_map)
 from maps import small, table
 
 @pytest.fixture(scope='module')
@@ -193,7 +193,8 @@ def test_maps_are_drawn_with_all_points(table):
     import matplotlib.pyplot as plt
     xy = {'a': np.random.default_rng(0).normal(size=(len(table), 2)), 'b': np.zeros((len(table), 2))}
     for by in PALETTES:
-        fig = plot_maps({'a': table, 'b': table}, xy, by, {'a': 'A', 'b': 'B'}, 'all')
+        groups = groups_of(table, by)
+        fig = plot_maps(xy, dict.fromkeys('ab', groups), PALETTES[by], {'a': 'A', 'b': 'B'}, 'all')
         assert [sum(len(line.get_xdata()) for line in ax.lines) for ax in fig.axes] == [len(table), len(table), 0] and [ax.get_title() for ax in fig.axes] == ['A', 'B', '']
-        assert [text.get_text() for text in fig.axes[-1].get_legend().texts] == [g for g in PALETTES[by] if g in set(groups_of(table, by))]
+        assert [text.get_text() for text in fig.axes[-1].get_legend().texts] == [g for g in PALETTES[by] if g in set(groups)]
         plt.close(fig)
