@@ -5,7 +5,7 @@ import torch
 from scipy import ndimage
 
 from cxr_lab import augment
-from cxr_lab.augment import STRESSES, Augment, compare_recipes, expose, move, stress_test
+from cxr_lab.augment import NEW_STRESSES, STRESSES, Augment, compare_recipes, expose, move, stress_test
 from cxr_lab.model import SmallCNN
 from cxr_lab.scores import METRICS, score
 from cxr_lab.networks import predict
@@ -152,16 +152,19 @@ def test_impossible_strengths(strengths):
 
 # Stress test and tables
 
-def test_stress_test_scores_the_changed_images(tiny):
+def test_stress_test_scores_the_changed_images_of_each_network(tiny):
     torch.manual_seed(0)
-    m = SmallCNN().eval()
+    networks = [SmallCNN().eval(), SmallCNN().eval()]
     rows = tiny.rows('validation')
-    result = stress_test([m, m], tiny.pixels[rows], tiny.labels[rows])
-    assert list(result.index) == list(STRESSES) and list(result.columns) == list(METRICS)
-    plain = score(tiny.labels[rows], predict(m, tiny.pixels[rows]))
-    for k, v in plain.items():
-        if v is not None: assert result.loc['unchanged', k] == pytest.approx(v)
-    assert stress_test([m], tiny.pixels[rows], tiny.labels[rows]).equals(stress_test([m], tiny.pixels[rows], tiny.labels[rows]))
+    result = stress_test(networks, tiny.pixels[rows], tiny.labels[rows])
+    assert list(result.index) == [(name, i) for name in STRESSES for i in (0, 1)] and list(result.columns) == list(METRICS)
+    for i, network in enumerate(networks):
+        for k, v in score(tiny.labels[rows], predict(network, tiny.pixels[rows])).items():
+            assert np.isnan(result.loc[('unchanged', i), k]) if v is None else result.loc[('unchanged', i), k] == pytest.approx(v)
+    alone = stress_test(networks[1:], tiny.pixels[rows], tiny.labels[rows])
+    assert alone.droplevel('model').equals(result.xs(1, level='model')), 'noise is the same for every network'
+    others = stress_test(networks[:1], tiny.pixels[rows], tiny.labels[rows], NEW_STRESSES)
+    assert list(others.index.get_level_values('stress')) == list(NEW_STRESSES)
 
 def test_stresses_do_what_their_names_say():
     x = images(2, 32) * .3 + .2
@@ -174,6 +177,21 @@ def test_stresses_do_what_their_names_say():
     for name, wide, high in [('narrower chest', 0, 1), ('wider chest', 1, 0), ('smaller', -1, -1), ('larger', 1, 1)]:
         shape = [side(change[name], 0) - side(x, 0), side(change[name], 1) - side(x, 1)]
         assert np.sign(shape[0] - shape[1]) == np.sign(wide - high) and (wide != high or np.sign(shape[0]) == wide), name
+
+def test_new_stresses_do_what_their_names_say_and_are_not_in_the_augmentation():
+    x = images(2, 64) * .3 + .2
+    x[:, :, 20:44, 20:44] = .9
+    change = {k: f(x) for k, f in NEW_STRESSES.items()}
+    assert len(change) >= 4 and not set(NEW_STRESSES) & set(STRESSES)
+    for k, c in change.items(): assert c.shape == x.shape and c.dtype == x.dtype and 0 <= c.min() and c.max() <= 1 and not torch.allclose(c, x, atol=.01), k
+    def rough(c): return c.diff(dim=-1).abs().mean()
+    assert rough(change['blurred']) < .7 * rough(x) and rough(change['sharpened']) > 1.5 * rough(x)
+    assert torch.allclose(change['shaded'][..., 0], x[..., 0]) and torch.allclose(change['shaded'][..., -1], x[..., -1] / 2)
+    inside = change['black frame'][..., 5:-5, 5:-5]
+    assert torch.equal(inside, x[..., 5:-5, 5:-5]) and change['black frame'].sum() == pytest.approx(inside.sum().item(), rel=1e-6)
+    new = change['a letter'] != x
+    assert (change['a letter'] >= x).all() and change['a letter'].max() > .9 and new[..., :32, :32].sum() == new.sum() and .002 < new.float().mean() < .05
+    assert .02 < (change['JPEG'] - x).abs().mean() < .15, 'a poor file, not another picture'
 
 def test_compare_recipes():
     import pandas as pd
