@@ -80,7 +80,8 @@ BLANK = """assert not prepare(np.full((1, 1, 64, 64), 200, np.uint8), 32).any(),
     'a blank image has nothing to scale')"""
 STRESS = ("assert stress['mean'].min() > .5, "
           "'a change that leaves the lungs visible must not lose them'")
-WHOLE = "assert np.array_equal(ways['lungs'] + ways['removed'], film), 'lungs and the rest are the whole'\n"
+WHOLE = ("assert np.array_equal(ways['lungs'] + ways['removed'], film), "
+         "'lungs and the rest are the whole'\n")
 BLACK = "assert (ways['removed'][mask] == 0).all(), 'nothing of the lungs is left'\n"
 
 def for_all(text):
@@ -93,28 +94,33 @@ def message(check):
 
 EXERCISES = [
     Exercise('03_train', 1, [(WEIGHTS, 'torch.ones(2)')],
-             ['`class_weights`', WEIGHTS, 'torch.ones(2)'], ['class_weights'], ['seed_0']),
+             ['`class_weights`', 'torch.ones(2)'], ['class_weights'], ['seed_0']),
     Exercise('04_augment', 2, [(GEOMETRY, GEOMETRY + ''.join(f'            {l}\n' for l in FLIP))],
              [GEOMETRY.strip(), *FLIP], ['Augment.forward'], ['seed_0']),
     Exercise('04_augment', 3, [(MOVE, for_all(MOVE)), (EXPOSE, for_all(EXPOSE))],
-             ['`_between(n, `', '`_between(1, `', '`_between((n, 2), `', '`_between((1, 2), `'],
+             ['_between(n, ', '_between(1, ', '_between((n, 2), ', '_between((1, 2), '],
              ['Augment.forward'], ['seed_0']),
     Exercise('07_segment', 1, [(IMPORTED, f'def prepare(pixels, size):\n    {PLAIN}'),
                                (BY_HAND, ''), (EXPOSURE, ''), (BLANK, ''), (STRESS, '')],
-             [f'`{IMPORTED}`', '`def prepare(pixels, size):`', f'`{PLAIN}`',
-              *map(message, (BY_HAND, EXPOSURE, BLANK, STRESS))],
+             [f'`{IMPORTED}`', *map(message, (BY_HAND, EXPOSURE, BLANK, STRESS))],
              ['prepare'], []),
     Exercise('08_masked', 2, [(', image, 0).astype', ', image, image[mask].mean()).astype'),
                               (WHOLE, ''), (BLACK, '')],
              ['`look`', '`image[mask].mean()`', *map(message, (WHOLE, BLACK))],
              ['look'], ['lungs/seed_0'], ['crop/seed_0', 'crop_plain/seed_0'])]
 
+def sources(notebook): return [''.join(c['source']) for c in
+                               json.loads(notebook.read_text(encoding='utf-8'))['cells']]
+
 def solution(exercise, repo):
-    "The text of its solution, in one line."
-    cells = json.loads((repo/f'nbs/{exercise.lesson}.ipynb').read_text(encoding='utf-8'))['cells']
-    text, = (s for c in cells if '<summary>Solutions' in (s := ''.join(c['source'])))
-    found = re.split(r'(?m)^\d\. ', text.partition('<summary>')[2])[exercise.number]
-    return ' '.join(found.split())
+    "What its lesson asks, and all that is written and computed under its solution, in one line."
+    lesson, number = exercise.lesson, exercise.number
+    text, = (s for s in sources(repo/f'nbs/{lesson}.ipynb') if '## Exercises' in s)
+    asked = re.split(r'(?m)^\d\. ', text.partition('## Exercises')[2])[number]
+    assert f'(solutions.ipynb#{lesson[:2]}-{number})' in asked
+    parts = '\n'.join(sources(repo/'nbs/solutions.ipynb')).split('<a id="')
+    solved, = (s for s in parts if s.startswith(f'{lesson[:2]}-{number}"'))
+    return ' '.join((asked + solved).split())
 
 def result(folder):
     "What a training left: predictions and test metrics."
