@@ -1,6 +1,7 @@
 "Maps against grad-cam, captum and closed forms; what a call must leave alone; the measures of a map against cases with known answers."
-import contextlib, copy, gc, weakref
+import contextlib, copy, gc, json, re, weakref
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -830,3 +831,12 @@ def test_sets_with_other_letters_are_the_same_children(tmp_path, monkeypatch):
     brighter = apart[box].reshape(102, -1).sum(1) > 0
     assert (brighter == (ill.label == 1)).all()
     assert all((s.lung_masks/p).with_suffix('.png').is_file() for s in sources for p in ill.path)
+
+
+# What the lesson has to say
+
+def test_what_grad_cam_is_in_a_hundred_to_two_hundred_words():
+    cells = json.loads((Path(__file__).parents[1]/'nbs/06_gradcam.ipynb').read_text(encoding='utf-8'))['cells']
+    text, = (t for t in (''.join(c['source']) for c in cells) if t.startswith('## What Grad-CAM is'))
+    prose = re.sub(r'(?s)\$\$.*?\$\$|\]\(\S+\)|^## .*?\n', ' ', text)
+    assert 100 <= len(prose.split()) <= 200
