@@ -46,11 +46,13 @@ def tutorial(root, batch, workers, images):
     folder = ImageFolder(root/'train', transform)
     chosen = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:images]
     loader = DataLoader(Subset(folder, chosen.tolist()), batch, shuffle=True, drop_last=True, num_workers=workers)
-    model, criterion = build_model('small'), nn.CrossEntropyLoss()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    model, criterion = build_model('small').to(device), nn.CrossEntropyLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
     begin, n, running, right = time.perf_counter(), 0, 0., 0
     for inputs, labels in loader:
+        inputs, labels = inputs.to(device), labels.to(device)
         optimizer.zero_grad()
         outputs = model(inputs)
         loss = criterion(outputs, labels)
@@ -66,14 +68,14 @@ if __name__ == '__main__':
     load = round(os.getloadavg()[0], 1)
     os.environ.pop('OMP_NUM_THREADS', None)  # the plain loop takes the threads that PyTorch gives it
     from cxr_lab.cores import cores
-    from cxr_lab.trainer import default_precision
-    precision, n = default_precision({}), cores()
+    from cxr_lab.trainer import default_precision, on_accelerator
+    precision, n = default_precision({}), 1 if on_accelerator({}) else cores()  # a GPU trains one at a time
     with image_folder(a.images) as (root, what, work):
         data, _ = dataset(root)
         (work/'fit').mkdir()
         numbers = sorted({1, n, 2*n})
         rates = {k: together(data, work/'fit', a.epochs, a.batch, k) for k in numbers}
-        plain = {workers: tutorial(root, a.batch, workers, a.plain) for workers in (0, n)}
+        plain = {workers: tutorial(root, a.batch, workers, a.plain) for workers in (0, cores())}
     best = max(plain, key=plain.get)
     rows = [{'loop': f'cxr_lab.trainer.fit, {k} at a time, {precision}', 'images/s': rate, 'images/s, validation and checkpoints included': whole} for k, (rate, whole) in rates.items()]
     rows.append({'loop': f'plain loop, {best} loader processes', 'images/s': plain[best], 'images/s, validation and checkpoints included': ''})

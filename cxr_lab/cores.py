@@ -8,8 +8,9 @@ __all__ = ['cores', 'free_memory', 'fit_workers', 'one_thread', 'keep_freed_memo
 
 # %% ../nbs/lab/cores.ipynb #65d1b5dc
 import ctypes, gc, mmap, os, signal, sys, threading, time, warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -144,12 +145,15 @@ def _each(function, items, n):
             with one_thread(): result = function(item)
             yield i, result
         return
-    from joblib.externals.loky import as_completed
-    here = os.getpid(), os.getcwd()
+    here, todo, begun = (os.getpid(), os.getcwd()), enumerate(items), {}
     with _workers(n) as pool:
-        waiting = {pool.submit(_in_worker, function, item, *here): i
-                   for i, item in enumerate(items)}
-        for future in as_completed(waiting): yield waiting[future], future.result()
+        while True:
+            # two for each worker, no more: loky cannot end with jobs that it has not looked at
+            for i, item in islice(todo, 2 * n - len(begun)):
+                begun[pool.submit(_in_worker, function, item, *here)] = i
+            if not begun: return
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                yield begun.pop(future), future.result()
 
 def _mapped(a):
     "How a mapped array travels: a file of NumPy's is mapped there, too; all else as its content."

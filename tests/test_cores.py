@@ -145,6 +145,16 @@ def test_an_error_in_a_worker_is_raised_here_and_the_workers_can_be_used_again()
     with pytest.raises(ZeroDivisionError): in_processes(lambda i: 1 / (i - 2), range(4), 'fails', 2)
     assert in_processes(whose, [1, 2], 'again', 2)[0][1] == 1
 
+def test_a_failure_leaves_no_thread_that_stumbles_over_the_jobs_that_waited(monkeypatch):
+    "loky's thread looked for jobs that the end had taken away."
+    stumbled = []
+    monkeypatch.setattr(threading, 'excepthook', stumbled.append)
+    def job(i):
+        if i == 20: raise ZeroDivisionError
+        time.sleep(.0005)
+    with pytest.raises(ZeroDivisionError): in_processes(job, range(300), 'failing', 2)
+    assert stumbled == []
+
 def test_a_worker_that_dies_is_an_error():
     with pytest.raises(Exception, match='terminated|died'):
         in_processes(lambda i: os.kill(os.getpid(), signal.SIGKILL), range(2), 'dies', 2)
