@@ -8,7 +8,7 @@ __all__ = ['RULES', 'QUOTED', 'MAX_NOTEBOOK', 'result_rows', 'write_results', 'r
            'readme_in_sync']
 
 # %% ../nbs/lab/report.ipynb #2a904463
-import json, os, re
+import base64, io, json, os, re
 from pathlib import Path
 
 import nbformat
@@ -190,6 +190,31 @@ def result_code(
     ...`) at the top of a cell."""
     return [without_options(c.source) for c in _code_cells(nb)]
 
+# %% ../nbs/lab/report.ipynb #slim0001
+def _smaller(png, palette):  # base64
+    "The same picture without transparency, or in 256 colors; as it was if that is no smaller."
+    from PIL import Image
+    try: picture = Image.open(io.BytesIO(base64.b64decode(png))).convert('RGBA')
+    except OSError: return png
+    picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
+    picture, out = picture.convert('RGB'), io.BytesIO()
+    if palette: picture = picture.quantize(palette=picture.quantize(256, kmeans=2))  # dithered
+    picture.save(out, 'PNG', optimize=True)
+    return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
+
+def _slim(notebook) -> int:  # bytes
+    "Makes pictures smaller until the notebook fits: at first nothing is lost, then the largest pay."
+    size = len(nbformat.writes(notebook).encode())
+    pictures = [o.data for c in _code_cells(notebook) for o in c.outputs
+                if 'image/png' in o.get('data', {})]
+    for palette in (False, True):
+        for data in sorted(pictures, key=lambda data: -len(data['image/png'])):
+            if size < MAX_NOTEBOOK: return size
+            smaller = _smaller(data['image/png'], palette)
+            size -= len(data['image/png']) - len(smaller)
+            data['image/png'] = smaller
+    return size
+
 # %% ../nbs/lab/report.ipynb #484f6db1
 MAX_NOTEBOOK = 3_000_000
 _MACHINE_PATH = re.compile(
@@ -235,7 +260,7 @@ def _published(source, executed):
             if output.output_type == 'execute_result':
                 output.execution_count = target.execution_count
             if problem := _unfit(output): problems.append(f'cell [{count}] leaves {problem}')
-    size = len(nbformat.writes(source).encode())
+    size = _slim(source)
     if size >= MAX_NOTEBOOK:
         problems.append(f'{size/1e6:.1f} MB, the limit is {MAX_NOTEBOOK/1e6} MB')
     return source, problems

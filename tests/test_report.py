@@ -1,10 +1,12 @@
 "Results that agree with their predictions, and notebooks that are published only as they were run."
+import base64, io
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from cxr_lab import report
 from cxr_lab.report import (RULES, PublishError, publish, readme_in_sync, readme_text, result_rows, results_markdown, results_table, runs_table,
@@ -176,6 +178,37 @@ def test_unfit_outputs_stop_everything(run, output, match):
     before = {p.name: p.read_bytes() for p in Path('nbs').iterdir()}
     with pytest.raises(PublishError, match=f'03_train: .*{match}'): publish(run)
     assert {p.name: p.read_bytes() for p in Path('nbs').iterdir()} == before
+
+def picture(side, alpha=255, seed=0):
+    "A smooth picture with some noise, as base64, and its pixels."
+    rng, y, x = np.random.default_rng(seed), *np.mgrid[:side, :side] / side
+    pixels = np.stack([255 * y, 255 * x, 127 * (x + y), np.full_like(x, alpha)], -1)
+    pixels[..., :3] += rng.normal(0, 4, (side, side, 1))
+    pixels = pixels.clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, 'PNG', compress_level=1)
+    return base64.b64encode(file.getvalue()).decode(), pixels
+
+def seen(output): return np.asarray(Image.open(io.BytesIO(base64.b64decode(output.data['image/png']))).convert('RGB')).astype(int)
+
+@pytest.mark.parametrize('limit', ['as it is', 'nothing lost', 'palettes'])
+def test_pictures_become_smaller_only_as_far_as_needed(run, monkeypatch, limit):
+    pictures = [picture(n) for n in (40, 200, 120)]
+    write_source()
+    write_executed(*(show(image__png=p) for p, _ in pictures))
+    total = sum(len(p) for p, _ in pictures)
+    monkeypatch.setattr(report, 'MAX_NOTEBOOK', {'as it is': total + 5000, 'nothing lost': total * .96, 'palettes': total * .75}[limit])
+    publish(run)
+    outputs = nbformat.read('nbs/03_train.ipynb', 4).cells[2].outputs
+    exact = [np.array_equal(seen(o), pixels[..., :3]) for o, (_, pixels) in zip(outputs, pictures)]
+    if limit == 'as it is': assert [o.data['image/png'] for o in outputs] == [p for p, _ in pictures]
+    assert exact[0] and (all(exact) if limit != 'palettes' else not exact[1]), exact
+    assert Path('nbs/03_train.ipynb').stat().st_size < report.MAX_NOTEBOOK
+    for o, (_, pixels) in zip(outputs, pictures): assert np.abs(seen(o) - pixels[..., :3]).mean() < 6
+
+def test_what_shines_through_is_white(run, monkeypatch):
+    png, pixels = picture(60, alpha=0)
+    assert (seen(show(image__png=report._smaller(png, False))) == 255).all()
 
 @pytest.mark.parametrize('output', [out('runs/default/home/x https://example.org/home/x/ 1/tmp/2 a/tmp/b'), show(image__png='/tmp/home/work/'), show(text__plain='and/or/')])
 def test_harmless_outputs_pass(run, output):
