@@ -203,7 +203,7 @@ def _smaller(png, palette):  # base64
     return min(png, base64.b64encode(out.getvalue()).decode(), key=len)
 
 def _slim(notebook) -> int:  # bytes
-    "Makes pictures smaller until the notebook fits: at first nothing is lost, then the largest pay."
+    "Makes pictures smaller until the notebook fits: first nothing is lost, then the largest pay."
     size = len(nbformat.writes(notebook).encode())
     pictures = [o.data for c in _code_cells(notebook) for o in c.outputs
                 if 'image/png' in o.get('data', {})]
