@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_PAGE = 2_000_000  # bytes of one page's HTML, pictures included
+MAX_PAGE = 3_300_000  # bytes of one page's HTML, pictures included: a notebook's 3 MB (report.MAX_NOTEBOOK) and its markup
 
 
 # Rendering
