@@ -13,6 +13,8 @@ os.environ.update(CXR_LAB_CACHE=_CACHE, CXR_LAB_PROGRESS='0', MPLBACKEND='Agg')
 for name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENCV_FOR_THREADS_NUM',
              'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'): os.environ.setdefault(name, '1')
 
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(Path(__file__).parent/'early'), os.environ.get('PYTHONPATH')]))
+
 from cxr_lab.cores import cores
 
 _CORES = cores()
