@@ -106,9 +106,9 @@ def explained(
     values: np.ndarray,    # (N,) a number for each image
     change: np.ndarray,    # (N,) what is to be explained
     patients: np.ndarray,  # (N,)
-) -> float:  # share of the variance; NaN if nothing changes or there are fewer than five patients
+) -> float:  # share of the variance; NaN if all change alike or there are fewer than five patients
     "What fifths of one number explain of a change, judged on patients who did not make them."
-    if not change.any() or len(set(patients)) < 5: return np.nan
+    if not np.ptp(change) or len(set(patients)) < 5: return np.nan
     guess = np.empty(len(values))
     for fit, new in GroupKFold(5).split(values, groups=patients):
         edges = np.quantile(values[fit], [.2, .4, .6, .8])

@@ -101,7 +101,7 @@ def test_lessons_read_what_they_say():
     paths = lessons()
     found = {p.stem: set(needs(p, [q.stem for q in paths[:i]])) for i, p in enumerate(paths)}
     assert found['00_data'] == set() and all('00_data' in f for name, f in found.items() if name != '00_data')  # behind `load_dataset`
-    assert found['03_train'] == {'00_data', '01_explore'} and found['04_augment'] == {'00_data', '03_train'} and found['07_segment'] == {'00_data'}
+    assert found['03_train'] == {'00_data', '01_explore'} and found['04_augment'] == {'00_data', '01_explore', '03_train'} and found['07_segment'] == {'00_data'}
     assert {'03_train', '04_augment', '06_gradcam', '07_segment'} <= found['08_masked'] and '01_explore' not in found['06_gradcam'] | found['08_masked']
 
 def test_docstrings_and_later_names_are_no_needs(nbs):
