@@ -200,6 +200,7 @@ def test_what_a_training_depends_on(package):
     assert not {'plot_test', 'run_experiments', 'write_json', 'layer_table', 'stress_test'} & set(found)
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_a_mutation_of_any_definition_that_a_training_uses_is_seen(package):
     "Each function and method on the list, one after the other, gets one more statement."
     before, tried = listed(package), 0

@@ -227,6 +227,7 @@ def test_a_small_study_on_phantoms(tmp_path):
     check_study(tmp_path, *(part for k, v in SMALL.items() for part in ('-p', f'{k}={v}')))
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_the_quick_study_on_phantoms(tmp_path): check_study(tmp_path)
 
 @pytest.mark.slow
@@ -240,6 +241,7 @@ def test_forty_one_training_images_are_enough(tmp_path):
     assert read_json(run/'03_train'/'seed_0'/'recipe.json')['batch_size'] == 8
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_the_study_on_real_images(tmp_path, real_data):
     "One seed of the whole: better than the course with augmentation (accuracy .8542, F1 .8918), and AUROC above .95."
     done = cli('run', *FOUNDATION, '--data', 'kermany', '-p', 'seeds=1', cwd=tmp_path, CXR_LAB_DATA=str(real_data))

@@ -38,6 +38,7 @@ nbformat.write(notebook, 'solutions.ipynb')
 """
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_the_solutions_run_from_top_to_bottom(repo, tmp_path):
     "In a copy of the checkout, with a cache of its own: every assertion holds, nothing is said on stderr."
     copy_checkout(repo, tmp_path)

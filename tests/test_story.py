@@ -58,6 +58,7 @@ def story(run):
     return table
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_proportion_tells_the_class_in_train_and_hardly_in_test(run):
     told = read_json(run/'01_explore'/'metrics.json')
     assert .85 < told['proportion_auroc_train'] < .95
