@@ -1,5 +1,5 @@
 "The solutions: one for each exercise of each lesson, found by its link, executed on phantoms."
-import json, re
+import ast, json, re
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,36 @@ def test_each_exercise_links_to_its_solution_and_gives_nothing_away(path):
     assert len(asked) == 3 and '<details>' not in text
     for k, exercise in enumerate(asked, 1):
         assert f'([solution](solutions.ipynb#{path.stem[:2]}-{k}))' in ' '.join(exercise.split())
+
+def test_a_solution_computes_and_asserts():
+    found, now = {}, None
+    for cell in cells(REPO/'nbs/solutions.ipynb'):
+        text = ''.join(cell['source'])
+        if m := re.match(r'<a id="(\d\d-\d)">', text): now = found.setdefault(m[1], [])
+        elif text.startswith('## '): now = None
+        if now is not None: now.append((cell['cell_type'], text))
+    for name, parts in found.items():
+        code = '\n'.join(text for kind, text in parts if kind == 'code')
+        words = '\n'.join(text for kind, text in parts if kind == 'markdown').partition('### ')[2]
+        assert re.search(r'^ *assert ', code, re.M), f'{name} claims nothing that could fail'
+        assert len(words.split()) > 25, f'{name} says nothing about what is seen'
+        for kind, text in parts:
+            lines = [line for line in text.splitlines() if not line.startswith('#|')]
+            assert kind == 'markdown' or len(lines) <= 20, f'{name}: a cell of {len(lines)} lines'
+
+def bound(source):
+    "Names that a cell binds at its top level."
+    tree = ast.parse(source)
+    built = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    inner = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.DictComp, ast.GeneratorExp, ast.SetComp))
+             for n in ast.walk(f) if n is not f}
+    return built | {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and id(n) not in inner}
+
+def test_no_solution_takes_away_what_all_share():
+    code = [''.join(c['source']) for c in cells(REPO/'nbs/solutions.ipynb') if c['cell_type'] == 'code']
+    shared = set().union(*map(bound, code[:3]))
+    assert {'data', 'step', 'train', 'validation', 'test', 'plain', 'augmented', 'SMALL'} <= shared
+    for source in code[3:]: assert not bound(source) & shared, source
 
 EXECUTE = """
 import nbformat
