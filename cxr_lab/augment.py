@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .data import COLORS
 from .networks import predict, to_float
-from .scores import METRICS, mean_sd, score
+from .scores import METRIC_NAMES, METRICS, mean_sd, score
 
 # %% ../nbs/04_augment.ipynb #3b6b7417
 def move(
@@ -207,7 +207,7 @@ def plot_recipes(
             v = r[f'test_{metric}']
             ax.plot([v.mean()] * 2, [i - .3, i + .3], color='black', lw=2)
             ax.plot(v, np.full(len(v), i), 'o', color='#0072B2', alpha=.6)
-        ax.set(title=metric, yticks=range(len(recipes)), yticklabels=recipes)
+        ax.set(title=METRIC_NAMES[metric], yticks=range(len(recipes)), yticklabels=recipes)
         ax.grid(axis='x', alpha=.3)
     axs[0].invert_yaxis()
     fig.suptitle(title)

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
+from .scores import METRIC_NAMES
+
 # %% ../nbs/08_masked.ipynb #vw08vie1
 VIEWS = {'crop': "crop to the lungs' box", 'lungs': 'lungs only', 'removed': 'lungs removed',
          'silhouette': 'silhouette'}
@@ -92,7 +94,7 @@ def plot_gap(
             for s, name, color in (('val', 'validation', '#009E73'), ('test', 'test', 'black')):
                 ax.plot(r[f'{s}_{metric}'], [i] * len(r), 'o', ms=5, alpha=.6, color=color,
                         label='' if i else name)
-        ax.set(xlabel=metric.replace('auroc', 'AUROC'), yticks=range(len(recipes)),
+        ax.set(xlabel=METRIC_NAMES[metric], yticks=range(len(recipes)),
                yticklabels=recipes, ylim=(len(recipes) - .5, -.5))
         ax.grid(axis='x', alpha=.3)
     axs[0].legend(fontsize=8, loc='lower left')

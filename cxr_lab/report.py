@@ -17,7 +17,7 @@ import pandas as pd
 
 from .runs import NOT_HERE, atomic_path, outdated, read_json, read_metrics
 from .runs import read_predictions, read_status, write_json
-from .scores import METRICS, score
+from .scores import METRIC_NAMES, METRICS, score
 
 # %% ../nbs/lab/report.ipynb #328b1b6e
 RULES = {'0.5': '', 'validation': '_at_validation_threshold'}
@@ -134,7 +134,7 @@ def results_markdown(
         return 'undefined' if np.isnan(
             mean) else f'{mean:.{digits}f}' + ('' if np.isnan(sd) else f' ± {sd:.{digits}f}')
     head = ['experiment', 'threshold', 'seeds',
-            *[_TITLES.get(m, m.replace('_', ' ')) for m in metrics]]
+            *[METRIC_NAMES[m] for m in metrics]]
     lines = [head, ['---']*3 + ['---:']*len(metrics)]
     lines += [[r['experiment'], r['threshold_rule'], str(
         r['seeds']), *[cell(r, m) for m in metrics]] for r in table.to_dict('records')]
@@ -142,8 +142,6 @@ def results_markdown(
     made = 'phantom' in (results['provenance']['data'],
                          (results['provenance']['dataset'] or {}).get('kind'))
     return text + ('\n\nComputed on generated phantoms, not on patients.' if made else '')
-
-_TITLES = {'f1': 'F1', 'auroc': 'AUROC'}
 
 # %% ../nbs/lab/report.ipynb #029c983d
 def runs_table(
